@@ -13,7 +13,7 @@ _PUBLIC = {
     "METHODS": "mergekit_ace.methods",
 }
 
-__all__ = ["METHODS", "__version__", "register"]  # noqa: F822 -- METHODS comes from __getattr__
+__all__ = ["METHODS", "__version__", "register"]
 
 
 def register() -> None:

@@ -1,9 +1,13 @@
 """The startup hook: registers our methods as soon as mergekit's registry has been imported.
 
 mergekit 0.1.5 looks for no plugins, and its users run `mergekit-yaml` unmodified. So the distribution installs
-`mergekit_ace.pth`, whose single line calls `arm()` at every start of Python. That costs two small imports; the work is
-done only in a process that imports mergekit. Nothing here may import torch or mergekit, nor break an interpreter.
+`mergekit_ace_autoload.pth`, whose single line calls `arm()` at every start of Python. That costs two small imports; the
+work is done only in a process that imports mergekit. Nothing here may import torch or mergekit, nor break an
+interpreter.
 """
+
+import os
+import sys
 
 # Spelled out because importing `typing` would cost more than the rest of this module.
 TYPE_CHECKING = False
@@ -12,9 +16,6 @@ if TYPE_CHECKING:
     from importlib.abc import Loader
     from importlib.machinery import ModuleSpec
     from types import ModuleType
-
-import os
-import sys
 
 REGISTRY = "mergekit.merge_methods.registry"
 SWITCH = "MERGEKIT_ACE_AUTOLOAD"

@@ -1,0 +1,36 @@
+# make test     everything that must hold, in an environment of its own (.venv)
+# make clean    remove that environment
+
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: test lint install clean
+.DEFAULT_GOAL := test
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/.installed
+
+# torch first and alone: what pip then resolves finds it there, and fetches no other build of it.
+$(VENV)/.installed: pyproject.toml mergekit_ace_autoload.pth $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)
+
+# --- demo ---
+
+# --- end of demo ---

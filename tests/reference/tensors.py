@@ -35,10 +35,15 @@ class Recipe:
     input_first: tuple[str, ...] = ()
 
     def treatment(self, name: str, tensor: Tensor) -> Treatment:
-        """Vectors and kernels are averaged, tables follow `embeddings`, matrices and stacks of them are merged."""
+        """Vectors and kernels are averaged, tables follow `embeddings`, matrices and stacks of them are merged.
+
+        So is a matrix of one row, whose centered proxy is zero: ACE would lose its update.
+        """
         if _matches(name, self.tables):
             return self.embeddings
         if tensor.ndim not in (2, 3) or _matches(name, self.averaged):
+            return "average"
+        if tensor.shape[-1 if _matches(name, self.input_first) else -2] == 1:
             return "average"
         return "ace"
 

@@ -1,0 +1,86 @@
+"""One layer's merge: gate, solve, refine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mergekit_ace.layer.heterogeneity import heterogeneity
+from mergekit_ace.layer.normal_equations import solve
+from mergekit_ace.layer.options import CovarianceOptions
+from mergekit_ace.layer.refinement import Refinement, spectral_refinement
+from mergekit_ace.layer.ridge import Regularized
+from mergekit_ace.layer.task_vectors import TaskVectors
+from mergekit_ace.linalg.precision import require_full_float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMerge:
+    """A merged task vector and how it came about.
+
+    Attributes:
+        task_vector: `[m, n]`, working dtype; add it to the base.
+        heterogeneity: the statistic, None where a single expert or none carries information.
+        heterogeneous: what the gate said.
+        normalized: second moments were divided by their traces.
+        regularized: scale and ridge of each expert in `TaskVectors.experts`; empty when nothing was solved.
+        refinement: level and number of the refined directions, None when there was none.
+    """
+
+    task_vector: Tensor
+    heterogeneity: float | None = None
+    heterogeneous: bool = False
+    normalized: bool = False
+    regularized: tuple[Regularized, ...] = ()
+    refinement: Refinement | None = None
+
+    def describe(self) -> str:
+        """The facts above in one line, for a log."""
+        if self.heterogeneity is None:
+            return ""
+        gate = "heterogeneous" if self.heterogeneous else "homogeneous"
+        line = f"{gate} ({self.heterogeneity:.3g})"
+        if self.refinement is not None:
+            line += f", {self.refinement.directions} directions refined to {self.refinement.level:.3g}"
+        return line
+
+
+def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -> LayerMerge:
+    """Merge one weight matrix by second-order proxies of the experts' inputs (ACE, arXiv:2603.02945, Eqs. 5-19).
+
+    Experts without information in the layer were left out by `TaskVectors`. With none left the merged task vector is zero,
+    with one it is that expert's, exactly.
+
+    Args:
+        task_vectors: of one `[m, n]` weight.
+        options: `CovarianceOptions()` is the published method.
+
+    Raises:
+        FactorizationError: no reasonable jitter makes the system positive definite.
+        RuntimeError: the process runs float32 products in reduced precision.
+    """
+    if len(task_vectors) == 0:
+        return LayerMerge(task_vector=task_vectors.base.new_zeros(task_vectors.shape, dtype=task_vectors.dtype))
+    if len(task_vectors) == 1:
+        return LayerMerge(task_vector=task_vectors.task_vector(0))
+    require_full_float32()
+    spread = heterogeneity(task_vectors.energies, options.heterogeneity)
+    heterogeneous = options.is_heterogeneous(spread)
+    happens = {"never": False, "heterogeneous": heterogeneous, "always": True}
+    normalize = happens[options.trace_normalization]
+    refine = happens[options.refinement] and int(options.spectral_fraction * min(task_vectors.shape)) > 0
+    solution = solve(task_vectors, options, normalize=normalize, with_residual=refine)
+    merged, refinement = solution.weight, None
+    if solution.residual is not None:
+        refinement = spectral_refinement(solution.residual.add_(merged), options.spectral_fraction)
+        if refinement is not None:
+            merged = merged.add_(refinement.update)
+    return LayerMerge(
+        task_vector=merged,
+        heterogeneity=spread,
+        heterogeneous=heterogeneous,
+        normalized=normalize,
+        regularized=solution.regularized,
+        refinement=refinement,
+    )

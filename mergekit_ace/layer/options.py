@@ -1,0 +1,53 @@
+"""What a covariance-based merge of one layer may be told, and nothing that it can find out itself."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from mergekit_ace.layer.heterogeneity import HeterogeneityStatistic
+
+When = Literal["never", "heterogeneous", "always"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CovarianceOptions:
+    """Options of `merge_by_covariance`. The defaults are ACE as published (arXiv:2603.02945), at its program's epsilon.
+
+    Attributes:
+        epsilon: ridge, `> 0`, in units of the second moments; or `auto`, shrinkage estimated from the task vectors.
+        center_second_moment: take second moments of the centered task vectors (paper, Eq. 5).
+        center_numerator: put the centered task vectors in the numerator (paper, Eq. 14), which drops every update's mean row.
+        heterogeneity: statistic that is compared with the threshold.
+        heterogeneity_threshold: `>= 0`; the layer is heterogeneous above it. 0: every layer; infinity: none.
+        trace_normalization: when each second moment is divided by its trace (paper, Eqs. 8-10).
+        refinement: when the spectrum is refined (paper, Eqs. 15-19).
+        spectral_fraction: share of `min(m, n)` singular directions refined, in `[0, 1]`.
+        structural_prior: add the collective structural prior (paper, Eqs. 11-13).
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    epsilon: float | Literal["auto"] = 1e-2
+    center_second_moment: bool = True
+    center_numerator: bool = True
+    heterogeneity: HeterogeneityStatistic = "published"
+    heterogeneity_threshold: float = 0.3
+    trace_normalization: When = "heterogeneous"
+    refinement: When = "heterogeneous"
+    spectral_fraction: float = 0.3
+    structural_prior: bool = True
+
+    def __post_init__(self) -> None:
+        if self.epsilon != "auto" and not (0 < self.epsilon < math.inf):
+            raise ValueError(f"epsilon must be a finite number above 0 or 'auto'; got {self.epsilon!r}")
+        if not self.heterogeneity_threshold >= 0:
+            raise ValueError(f"heterogeneity_threshold must be at least 0; got {self.heterogeneity_threshold!r}")
+        if not 0 <= self.spectral_fraction <= 1:
+            raise ValueError(f"spectral_fraction must lie in [0, 1]; got {self.spectral_fraction!r}")
+
+    def is_heterogeneous(self, heterogeneity: float) -> bool:
+        """The gate. A threshold of 0 means every layer, also one whose experts are equally strong."""
+        return heterogeneity > self.heterogeneity_threshold or self.heterogeneity_threshold == 0

@@ -1,0 +1,36 @@
+"""Spectral refinement: lift the dominant directions of the merged task vector to their common level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mergekit_ace.linalg.subspace import dominant_subspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """What was added to the preliminary merge: `level * U_k V_k^T`."""
+
+    directions: int
+    level: float
+    update: Tensor
+    """`[m, n]`."""
+
+
+def spectral_refinement(structure: Tensor, fraction: float) -> Refinement | None:
+    """`mean(s_1..s_k) U_k V_k^T` of `F = R + W0`, with `k = floor(fraction * min(m, n))`; None when `k = 0`.
+
+    Source: ACE, arXiv:2603.02945, Eqs. 17-19.
+
+    Args:
+        structure: `F`, `[m, n]`, float32 or float64.
+        fraction: share of directions, in `[0, 1]`.
+    """
+    k = int(fraction * min(structure.shape))
+    if k == 0:
+        return None
+    top = dominant_subspace(structure, k)
+    level = float(top.singular_values.mean())
+    return Refinement(directions=k, level=level, update=top.partial_isometry.mul_(level))

@@ -1,0 +1,154 @@
+"""The task vectors of one weight matrix: what each expert changed, taken one at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_ace.linalg.precision import working_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expert:
+    """One expert's tensor in a layer.
+
+    Attributes:
+        name: how messages call it.
+        tensor: `[m, n]` (or any shape for `mean_task_vector`), dtype and device of the base; borrowed, never modified.
+        weight: its weight in the objective, `>= 0`; only ratios between experts matter. 0 leaves it out.
+    """
+
+    name: str
+    tensor: Tensor
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateStatistics:
+    """What one pass over an expert's task vector `D = 1 mu + C` says, in float64."""
+
+    energy: float
+    """`||D||_F^2`."""
+    centered_energy: float
+    """`||C||_F^2 = tr C^T C = ||D||_F^2 - m ||mu||^2`; 0 when all rows are equal to within rounding."""
+
+
+class TaskVectors:
+    """The experts of one layer that carry information in it, and their task vectors `D_t = expert - base` on demand.
+
+    Differences are taken in the working dtype: bfloat16 checkpoints differ from their base in the last bits, and a
+    difference rounded to bfloat16 would keep 8 bits of an 8-bit number.
+
+    Args:
+        base: `[m, n]`.
+        experts: of the base's shape, dtype and device. Those of weight 0, and those equal to the base, are left out.
+        name: the layer's name, for messages.
+
+    Raises:
+        ValueError: when a tensor holds NaN or infinity, a weight is negative or not finite, or no weight is positive.
+    """
+
+    def __init__(self, base: Tensor, experts: Sequence[Expert], *, name: str = "the layer") -> None:
+        self.name = name
+        self.base = base
+        self.dtype = working_dtype(base.dtype)
+        candidates = voting_experts(experts, name=name)
+        statistics = [_measure(base, expert, self.dtype, name) for expert in candidates]
+        informative = [pair for pair in zip(candidates, statistics, strict=True) if pair[1].energy > 0]
+        self.left_out = tuple(expert.name for expert in experts if not any(expert is kept for kept, _ in informative))
+        self.experts = tuple(expert for expert, _ in informative)
+        self.statistics = tuple(measured for _, measured in informative)
+        mean_weight = math.fsum(expert.weight for expert in self.experts) / max(1, len(self.experts))
+        self.shares = tuple(expert.weight / mean_weight for expert in self.experts)
+
+    def __len__(self) -> int:
+        """`T`: experts with information."""
+        return len(self.experts)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        m, n = self.base.shape
+        return m, n
+
+    @property
+    def energies(self) -> tuple[float, ...]:
+        """`e_t = ||D_t||_F^2`."""
+        return tuple(measured.energy for measured in self.statistics)
+
+    def task_vector(self, t: int) -> Tensor:
+        """`D_t`, `[m, n]`, working dtype, in storage of its own that the caller may overwrite."""
+        return difference(self.experts[t].tensor, self.base, self.dtype)
+
+
+def voting_experts(experts: Sequence[Expert], *, name: str) -> list[Expert]:
+    """The experts of positive weight.
+
+    Raises:
+        ValueError: when a weight is negative or not finite, or none is positive.
+    """
+    for expert in experts:
+        if not (math.isfinite(expert.weight) and expert.weight >= 0):
+            raise ValueError(
+                f"{name}: parameter weight of expert {expert.name} must be a finite number of at least 0; got {expert.weight}"
+            )
+    voting = [expert for expert in experts if expert.weight > 0]
+    if not voting:
+        raise ValueError(
+            f"{name}: parameter weight must be positive for at least one expert; got 0 for all of "
+            f"{', '.join(expert.name for expert in experts)}"
+        )
+    return voting
+
+
+def difference(tensor: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor - base` in `dtype`, new storage, one buffer of that size and no second one."""
+    widened = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return widened.sub_(base)
+
+
+def mean_task_vector(base: Tensor, experts: Sequence[Expert], *, name: str) -> Tensor:
+    """`sum_t w_t D_t / sum_t w_t`, any shape, working dtype: how tensors that are not matrices are merged.
+
+    Raises:
+        ValueError: as `TaskVectors`.
+    """
+    voting = voting_experts(experts, name=name)
+    dtype = working_dtype(base.dtype)
+    total = torch.zeros_like(base, dtype=dtype, memory_format=torch.contiguous_format)
+    weights = math.fsum(expert.weight for expert in voting)
+    for expert in voting:
+        update = difference(expert.tensor, base, dtype)
+        _require_finite(float(torch.linalg.vector_norm(update, dtype=torch.float64)), base, expert, name)
+        total.add_(update, alpha=expert.weight / weights)
+    return total
+
+
+# Rows that differ by no more than this share of their energy are equal as far as float32 differences can tell.
+_EQUAL_ROWS = 1e-12
+
+
+def _measure(base: Tensor, expert: Expert, dtype: torch.dtype, name: str) -> UpdateStatistics:
+    update = difference(expert.tensor, base, dtype)
+    norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
+    _require_finite(norm, base, expert, name)
+    energy = norm * norm
+    mean_row = update.mean(dim=0, dtype=torch.float64)
+    centered = energy - update.shape[0] * float(mean_row.square().sum())
+    return UpdateStatistics(energy=energy, centered_energy=centered if centered > _EQUAL_ROWS * energy else 0.0)
+
+
+def _require_finite(norm: float, base: Tensor, expert: Expert, name: str) -> None:
+    if math.isfinite(norm):
+        return
+    # The norm of finite values in float64 cannot overflow, so one of the two holds NaN or infinity; say which.
+    culprit = "the base" if not bool(torch.isfinite(base).all()) else f"expert {expert.name}"
+    if culprit != "the base" and bool(torch.isfinite(expert.tensor).all()):
+        culprit = f"the difference of expert {expert.name} and the base"
+    raise ValueError(
+        f"{name}: every weight must be finite; {culprit} holds NaN or infinity. "
+        "Repair or replace that checkpoint; nothing was merged from it."
+    )

@@ -1,0 +1,141 @@
+"""From mergekit's tensor group to one layer's merge and back: what every method of this package shares."""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    ParameterSpec,
+    TensorGroup,
+)
+from torch import Tensor
+
+from mergekit_ace.layer.merge import LayerMerge
+from mergekit_ace.layer.task_vectors import Expert, TaskVectors, difference, mean_task_vector
+from mergekit_ace.linalg.precision import working_dtype
+from mergekit_ace.methods.parameters import INPUT_AXIS, LAMBDA, WEIGHT, embeddings_parameter
+from mergekit_ace.policy import Treatment, treatment
+
+LOG = logging.getLogger("mergekit_ace")
+
+
+class LayerwiseMethod(GroupMergeMethod):
+    """A merge method that treats every matrix by itself and averages what is not a matrix.
+
+    A subclass says how one matrix is merged (`merge_matrix`) and what it may be told (`own_parameters`). Embedding tables,
+    vectors, stacked experts, weights, scale, precision and errors are the same for all.
+    """
+
+    name: str
+    pretty_name: str
+    reference_url: str
+    own_parameters: tuple[ParameterSpec, ...] = ()
+
+    def __init__(self) -> None:
+        self.spec = MergeMethodSpec(
+            name=self.name,
+            pretty_name=self.pretty_name,
+            reference_url=self.reference_url,
+            parameters=(*self.own_parameters, WEIGHT, LAMBDA, embeddings_parameter(self.name), INPUT_AXIS),
+            contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
+        )
+
+    @abstractmethod
+    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> LayerMerge:
+        """Merge the task vectors of one `[m, n]` weight, inputs last; `parameters` holds `own_parameters` by name."""
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
+        """Merge one tensor; called by mergekit.
+
+        Returns:
+            A tensor of the base's shape and dtype in storage of its own, rounded once.
+
+        Raises:
+            ValueError: NaN or infinity in a tensor, or weights that leave no expert.
+            FactorizationError: a system that no jitter makes positive definite.
+            torch.OutOfMemoryError: with the tensor's name and what to set.
+        """
+        name = group.metadata.name or "the tensor"
+        assert group.base is not None  # the contract requires one
+        base = group.base.tensor
+        experts = [
+            Expert(name=str(entry.id), tensor=entry.tensor, weight=parameters["weight"][entry.id])
+            for entry in group.non_base
+        ]
+        started = time.perf_counter()
+        treated = self.treat(name, base.shape, group.metadata.vocabulary_axis, parameters)
+        try:
+            merged, notes = self._merge(treated, base, experts, parameters, name)
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(_out_of_memory(name, base)) from error
+        if LOG.isEnabledFor(logging.INFO):
+            LOG.info(
+                "%s %s: %s; %s %.3f s", name, tuple(base.shape), treated.reason, notes, time.perf_counter() - started
+            )
+        return merged
+
+    def treat(
+        self, name: str, shape: Sequence[int], vocabulary_axis: int | None, parameters: Mapping[str, Any]
+    ) -> Treatment:
+        """The treatment that a tensor gets from this method under these parameters."""
+        choice = parameters["embeddings"]
+        return treatment(
+            name, shape, vocabulary_axis=vocabulary_axis, embeddings="method" if choice == self.name else choice
+        )
+
+    def _merge(
+        self, treated: Treatment, base: Tensor, experts: Sequence[Expert], parameters: Mapping[str, Any], name: str
+    ) -> tuple[Tensor, str]:
+        if treated.kind == "base":
+            return base.clone(), ""
+        if treated.kind == "average":
+            return _apply(base, mean_task_vector(base, experts, name=name), parameters["lambda"]), ""
+        if treated.kind == "matrix":
+            return self._merge_matrix(base, experts, parameters, name)
+        merged = torch.empty_like(base)
+        notes = ""
+        for index in range(base.shape[0]):
+            slices = [replace(expert, tensor=expert.tensor[index]) for expert in experts]
+            merged[index], notes = self._merge_matrix(base[index], slices, parameters, f"{name}[{index}]")
+        return merged, notes
+
+    def _merge_matrix(
+        self, base: Tensor, experts: Sequence[Expert], parameters: Mapping[str, Any], name: str
+    ) -> tuple[Tensor, str]:
+        turned = parameters["input_axis"] == "first"
+        if turned:
+            base = base.mT
+            experts = [replace(expert, tensor=expert.tensor.mT) for expert in experts]
+        task_vectors = TaskVectors(base, experts, name=name)
+        if len(task_vectors) == 0:
+            merged, notes = base.clone(), "no expert changed it"
+        elif len(task_vectors) == 1 and parameters["lambda"] == 1:
+            # base + (expert - base) rounds twice in float32; the expert's own bits are the exact result.
+            merged, notes = task_vectors.experts[0].tensor.clone(), f"only {task_vectors.experts[0].name} changed it"
+        else:
+            layer = self.merge_matrix(task_vectors, parameters)
+            merged, notes = _apply(base, layer.task_vector, parameters["lambda"]), layer.describe()
+        return (merged.mT if turned else merged), notes
+
+
+def _apply(base: Tensor, task_vector: Tensor, scale: float) -> Tensor:
+    """`base + scale * task_vector`, added in the working dtype and rounded once to the base's; consumes `task_vector`."""
+    return task_vector.mul_(scale).add_(base).to(base.dtype)
+
+
+def _out_of_memory(name: str, base: Tensor) -> str:
+    return (
+        f"{name}: not enough memory on {base.device} to merge a {tuple(base.shape)} {base.dtype} tensor. Run without "
+        "--cuda and --read-to-gpu (the CPU has more), or free the device; for an embedding table or output head, "
+        "embeddings: average needs the least."
+    )

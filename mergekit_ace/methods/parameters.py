@@ -1,0 +1,88 @@
+"""Recipe parameters: their types, ranges and what an error says about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from mergekit.merge_methods.base import ParameterScope, ParameterSpec
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Infinity is a threshold that nothing crosses.
+Threshold = Annotated[float, Field(ge=0, allow_inf_nan=True)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def parameter(
+    name: str,
+    value_type: Any,
+    *,
+    default: Any,
+    requirement: str,
+    description: str,
+    scope: ParameterScope = ParameterScope.SHARED,
+) -> ParameterSpec:
+    """A recipe parameter whose errors name it and what it must be; mergekit's own name neither.
+
+    Args:
+        name: as in the recipe.
+        value_type: anything that pydantic validates.
+        default: value where the recipe says nothing.
+        requirement: completes "parameter <name> must be ...".
+        description: for `mergekit-ace methods`.
+        scope: shared by all inputs, or given per expert.
+    """
+    checked = Annotated[value_type, WrapValidator(_naming(name, requirement))]
+    return ParameterSpec(name, checked, scope, default=default, description=description)
+
+
+def _naming(name: str, requirement: str) -> Callable[[Any, ValidatorFunctionWrapHandler], Any]:
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            validated = handler(value)
+        except ValidationError:
+            validated = None
+        # Python counts True as the number 1; a recipe that says `epsilon: true` does not mean that.
+        if validated is None or (isinstance(value, bool) and not isinstance(validated, bool)):
+            raise ValueError(f"parameter {name} must be {requirement}; got {value!r}")
+        return validated
+
+    return validate
+
+
+WEIGHT = parameter(
+    "weight",
+    NonNegative,
+    default=1.0,
+    scope=ParameterScope.NON_BASE,
+    requirement="a finite number of at least 0",
+    description="the expert's weight in the objective; only ratios count, 0 leaves the expert out",
+)
+LAMBDA = parameter(
+    "lambda",
+    Number,
+    default=1.0,
+    requirement="a finite number",
+    description="scale of the merged task vector",
+)
+INPUT_AXIS = parameter(
+    "input_axis",
+    Literal["last", "first"],
+    default="last",
+    requirement="'last' or 'first'",
+    description="which axis of a stored matrix is the layer's input; 'first' for GPT-2's Conv1D",
+)
+
+
+def embeddings_parameter(method: str) -> ParameterSpec:
+    """`embeddings`, whose third choice is the method itself."""
+    return parameter(
+        "embeddings",
+        Literal["average", "base", method],  # type: ignore[valid-type]
+        default="average",
+        requirement=f"'average', 'base' or '{method}'",
+        description="treatment of token, position and token-type tables and of the output head",
+    )

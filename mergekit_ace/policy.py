@@ -17,8 +17,8 @@ class Treatment:
     """How one tensor is merged.
 
     Attributes:
-        kind: `matrix`: by the method; `stack`: each `[out, in]` slice by the method; `average`: base + weighted mean of the
-            task vectors; `base`: kept as in the base.
+        kind: `matrix`: by the method; `stack`: each `[out, in]` slice by the method; `average`: base + weighted mean of
+            the task vectors; `base`: kept as in the base.
         reason: for people, in a few words.
     """
 
@@ -26,8 +26,8 @@ class Treatment:
     reason: str
 
 
-# Tables looked up by an index, and heads that score the vocabulary. Where mergekit gives no vocabulary axis (position and
-# token-type tables, mergekit-pytorch, calls from Python) the name is all there is. Matched on whole dotted components.
+# Tables looked up by an index, and heads that score the vocabulary. Where mergekit gives no vocabulary axis (position
+# and token-type tables, mergekit-pytorch, calls from Python) the name is all there is. Whole dotted components only.
 _TABLES = (
     r"embed_tokens|tok_embeddings|word_embeddings|wte|wpe|embed_in|embed_positions?|position_embeddings?|"
     r"token_type_embeddings?|embeddings\.weight|shared|relative_attention_bias|embeddings|patch_position_embeddings?"

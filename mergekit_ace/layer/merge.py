@@ -49,8 +49,8 @@ class LayerMerge:
 def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -> LayerMerge:
     """Merge one weight matrix by second-order proxies of the experts' inputs (ACE, arXiv:2603.02945, Eqs. 5-19).
 
-    Experts without information in the layer were left out by `TaskVectors`. With none left the merged task vector is zero,
-    with one it is that expert's, exactly.
+    Experts without information in the layer were left out by `TaskVectors`. With none left the merged task vector is
+    zero, with one it is that expert's, exactly.
 
     Args:
         task_vectors: of one `[m, n]` weight.

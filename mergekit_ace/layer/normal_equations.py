@@ -1,14 +1,15 @@
-"""The weight that interferes least with every expert: normal equations `X (sum_t a_t Sbar_t + P) = sum_t a_t N_t Sbar_t`.
+"""The weight that interferes least with every expert, by its normal equations.
 
-`Sbar_t = scale_t G_t + ridge_t I` with `G_t` the Gram matrix of the (centered) task vector, `N_t` the (centered) task vector,
-`a_t` the expert's share and `P` the collective structural prior (ACE, arXiv:2603.02945, Eqs. 11-14).
+    X (sum_t a_t Sbar_t + P) = sum_t a_t N_t Sbar_t,    Sbar_t = scale_t G_t + ridge_t I
+
+`G_t` is the Gram matrix of the (centered) task vector, `N_t` the (centered) task vector, `a_t` the expert's share and `P`
+the collective structural prior (ACE, arXiv:2603.02945, Eqs. 11-14).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from mergekit_ace.layer.options import CovarianceOptions
@@ -126,7 +127,7 @@ def _mean_energy(task_vectors: TaskVectors) -> float:
 def _add_prior(unprimed: Tensor, prior_through: Tensor) -> Tensor:
     """`B (A + 1 c)^-1` from `Z = B A^-1` and `u = c A^-1`: `Z - (Z 1) u / (1 + u 1)`, Sherman-Morrison, in place.
 
-    `u 1` cannot be negative: `A` is the sum that `c` is the mean row of, plus a ridge, so the denominator is at least 1.
+    `u 1` cannot be negative: `A` is the matrix that `c` is the mean row of plus a ridge, so the denominator is >= 1.
     """
     along = unprimed.sum(dim=1) / (1 + prior_through.sum())
     return unprimed.addr_(along, prior_through[0], alpha=-1)

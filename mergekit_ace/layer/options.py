@@ -18,7 +18,8 @@ class CovarianceOptions:
     Attributes:
         epsilon: ridge, `> 0`, in units of the second moments; or `auto`, shrinkage estimated from the task vectors.
         center_second_moment: take second moments of the centered task vectors (paper, Eq. 5).
-        center_numerator: put the centered task vectors in the numerator (paper, Eq. 14), which drops every update's mean row.
+        center_numerator: put the centered task vectors in the numerator (paper, Eq. 14), which drops every update's
+            mean row.
         heterogeneity: statistic that is compared with the threshold.
         heterogeneity_threshold: `>= 0`; the layer is heterogeneous above it. 0: every layer; infinity: none.
         trace_normalization: when each second moment is divided by its trace (paper, Eqs. 8-10).

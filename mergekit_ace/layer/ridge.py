@@ -28,13 +28,13 @@ def shrunk_ridge(*, trace: float, squared_norm: float, samples: int, dimensions:
     """Oracle-approximating shrinkage: `(1 - rho) G + rho (tr G / n) I`, which keeps the trace; no constant to choose.
 
     The rows of a task vector are samples of the layer's input directions; their second moment over few rows has
-    eigenvalues spread far wider than the true ones. `rho` minimizes the expected squared error of the convex combination,
-    with the unknown covariance replaced by its own estimate until nothing changes:
+    eigenvalues spread far wider than the true ones. `rho` minimizes the expected squared error of the convex
+    combination, with the unknown covariance replaced by its own estimate until nothing changes:
 
         rho = min(1, ((1 - 2/n) tr(G^2) + tr(G)^2) / ((m + 1 - 2/n) (tr(G^2) - tr(G)^2 / n)))
 
-    It does not change when `G` is multiplied by a constant. Source: Chen, Wiesel, Eldar, Hero, "Shrinkage algorithms for
-    MMSE covariance estimation", IEEE Trans. Signal Processing 58(10), 2010, Eq. 23.
+    It does not change when `G` is multiplied by a constant. Source: Chen, Wiesel, Eldar, Hero, "Shrinkage algorithms
+    for MMSE covariance estimation", IEEE Trans. Signal Processing 58(10), 2010, Eq. 23.
 
     Args:
         trace: `tr G`, positive.

@@ -71,6 +71,7 @@ class TaskVectors:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """`(m, n)`."""
         m, n = self.base.shape
         return m, n
 
@@ -93,7 +94,8 @@ def voting_experts(experts: Sequence[Expert], *, name: str) -> list[Expert]:
     for expert in experts:
         if not (math.isfinite(expert.weight) and expert.weight >= 0):
             raise ValueError(
-                f"{name}: parameter weight of expert {expert.name} must be a finite number of at least 0; got {expert.weight}"
+                f"{name}: parameter weight of expert {expert.name} must be a finite number of at least 0; "
+                f"got {expert.weight}"
             )
     voting = [expert for expert in experts if expert.weight > 0]
     if not voting:

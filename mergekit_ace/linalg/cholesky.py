@@ -30,6 +30,7 @@ def cholesky_factor(matrix: Tensor, *, what: str) -> Tensor:
     Raises:
         FactorizationError: when the matrix is not finite, or not positive definite even with the largest jitter.
     """
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     if not int(info):
         return factor
@@ -68,5 +69,6 @@ def solve_right(rows: Tensor, factor: Tensor) -> Tensor:
     Returns:
         `[m, n]`.
     """
-    half = torch.linalg.solve_triangular(factor.mT, rows, upper=True, left=False)
-    return torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+    half: Tensor = torch.linalg.solve_triangular(factor.mT, rows, upper=True, left=False)
+    whole: Tensor = torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+    return whole

@@ -19,8 +19,8 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 def require_full_float32() -> None:
     """Refuse to run float32 products as TF32 or bfloat16.
 
-    A Gram product squares the condition number, so its 24 significant bits are all needed; the reduced modes keep 8 to 11.
-    The switch is global to the process, hence it is checked and never set: another thread may rely on it.
+    A Gram product squares the condition number, so its 24 significant bits are all needed; the reduced modes keep 8
+    to 11. The switch is global to the process, hence checked and never set: another thread may rely on it.
 
     Raises:
         RuntimeError: when `torch.get_float32_matmul_precision()` is not `highest`.

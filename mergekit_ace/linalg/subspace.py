@@ -27,9 +27,9 @@ class DominantSubspace:
 def dominant_subspace(matrix: Tensor, k: int) -> DominantSubspace:
     """Top `k` singular values of `matrix` and the partial isometry `U_k V_k^T` of its singular vectors.
 
-    float32: with `M = F F^T` (the smaller Gram side) and `M U = U diag(s^2)`, `U_k V_k^T = U_k diag(1/s) U_k^T F`. `M` and
-    its eigendecomposition are float64: squaring halves the digits, and in float32 they left an error of several percent in
-    the directions next to the cut on real layers. Six to eight times faster than a float32 SVD on a CPU.
+    float32: with `M = F F^T` (the smaller Gram side) and `M U = U diag(s^2)`, `U_k V_k^T = U_k diag(1/s) U_k^T F`.
+    `M` and its eigendecomposition are float64: squaring halves the digits, and in float32 they left an error of several
+    percent in the directions next to the cut on real layers. Six to eight times faster than a float32 SVD on a CPU.
     float64: the SVD itself, since no wider type is left to square into.
 
     Args:

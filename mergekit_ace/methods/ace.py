@@ -82,4 +82,5 @@ class Ace(LayerwiseMethod):
         return replace(PRESETS[parameters["preset"]], **given)
 
     def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> LayerMerge:
+        """One matrix by ACE."""
         return merge_by_covariance(task_vectors, self.options(parameters))

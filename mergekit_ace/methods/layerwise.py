@@ -21,8 +21,7 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from mergekit_ace.layer.merge import LayerMerge
-from mergekit_ace.layer.task_vectors import Expert, TaskVectors, difference, mean_task_vector
-from mergekit_ace.linalg.precision import working_dtype
+from mergekit_ace.layer.task_vectors import Expert, TaskVectors, mean_task_vector
 from mergekit_ace.methods.parameters import INPUT_AXIS, LAMBDA, WEIGHT, embeddings_parameter
 from mergekit_ace.policy import Treatment, treatment
 
@@ -32,8 +31,8 @@ LOG = logging.getLogger("mergekit_ace")
 class LayerwiseMethod(GroupMergeMethod):
     """A merge method that treats every matrix by itself and averages what is not a matrix.
 
-    A subclass says how one matrix is merged (`merge_matrix`) and what it may be told (`own_parameters`). Embedding tables,
-    vectors, stacked experts, weights, scale, precision and errors are the same for all.
+    A subclass says how one matrix is merged (`merge_matrix`) and what it may be told (`own_parameters`). Embedding
+    tables, vectors, stacked experts, weights, scale, precision and errors are the same for all.
     """
 
     name: str
@@ -129,7 +128,7 @@ class LayerwiseMethod(GroupMergeMethod):
 
 
 def _apply(base: Tensor, task_vector: Tensor, scale: float) -> Tensor:
-    """`base + scale * task_vector`, added in the working dtype and rounded once to the base's; consumes `task_vector`."""
+    """`base + scale * task_vector`, added in the working dtype, rounded once to the base's; consumes `task_vector`."""
     return task_vector.mul_(scale).add_(base).to(base.dtype)
 
 

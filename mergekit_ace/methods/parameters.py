@@ -81,7 +81,7 @@ def embeddings_parameter(method: str) -> ParameterSpec:
     """`embeddings`, whose third choice is the method itself."""
     return parameter(
         "embeddings",
-        Literal["average", "base", method],  # type: ignore[valid-type]
+        Literal["average", "base", method],
         default="average",
         requirement=f"'average', 'base' or '{method}'",
         description="treatment of token, position and token-type tables and of the output head",

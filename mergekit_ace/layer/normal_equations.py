@@ -2,8 +2,8 @@
 
     X (sum_t a_t Sbar_t + P) = sum_t a_t N_t Sbar_t,    Sbar_t = scale_t G_t + ridge_t I
 
-`G_t` is the Gram matrix of the (centered) task vector, `N_t` the (centered) task vector, `a_t` the expert's share and `P`
-the collective structural prior (ACE, arXiv:2603.02945, Eqs. 11-14).
+`G_t` is the Gram matrix of the (centered) task vector, `N_t` the (centered) task vector, `a_t` the expert's share and
+`P` the collective structural prior (ACE, arXiv:2603.02945, Eqs. 11-14).
 """
 
 from __future__ import annotations

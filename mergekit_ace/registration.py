@@ -17,7 +17,7 @@ def register_methods() -> None:
     # another thread whose import ends in the startup hook, and so here.
     import mergekit.merge_methods.registry as registry
 
-    from mergekit_ace.methods import METHODS
+    from mergekit_ace.methods.catalogue import METHODS
 
     with _LOCK:
         known = {method.spec.name: method for method in registry.registered_methods()}

@@ -1,8 +1,9 @@
 """mergekit's merge methods of this package: one file each."""
 
-from mergekit.merge_methods.base import MergeMethod
+# Before any module of this room: the import of mergekit ends in the startup hook, and that imports ours. Were one of
+# them to start mergekit's import, the hook would find it half imported.
+import mergekit.merge_methods  # noqa: F401
 
-from mergekit_ace.methods.ace import Ace
+from mergekit_ace.methods.catalogue import METHODS
 
-METHODS: tuple[MergeMethod, ...] = (Ace(),)
-"""Every method, in the order in which they are listed to people."""
+__all__ = ["METHODS"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["matrix", "stack", "average", "base"]
-EmbeddingTreatment = Literal["average", "base", "method"]
+Choice = Literal["method", "average", "base"]
 InputAxis = Literal["last", "first"]
 
 
@@ -35,6 +35,7 @@ _TABLES = (
 _HEADS = r"lm_head|embed_out|output_layer|output_projection_vocabulary"
 _VOCABULARY_NAME = re.compile(rf"(?:^|\.)(?:{_TABLES}|{_HEADS})(?:\.(?:weight|decoder\.weight))?$")
 _STACKED_EXPERTS = re.compile(r"(?:^|[._])experts?(?:[._]|$)")
+_STATE_MATRIX = re.compile(r"(?:^|\.)A_log$")
 _TEXT_PROJECTION = re.compile(r"(?:^|\.)text_projection(?:\.weight)?$")
 
 
@@ -48,15 +49,17 @@ def treatment(
     shape: Sequence[int],
     *,
     vocabulary_axis: int | None = None,
-    embeddings: EmbeddingTreatment = "average",
+    embeddings: Choice = "average",
+    matrices: Choice = "method",
 ) -> Treatment:
     """Decide how a tensor is merged.
 
     Args:
         name: its name in the output model; may be empty.
-        shape: of the base's tensor.
+        shape: of the base's tensor, its matrices turned so that inputs come last.
         vocabulary_axis: mergekit's, where it gives one.
         embeddings: the recipe's choice for embedding tables and output heads.
+        matrices: the recipe's choice for all other matrices, stacked ones too.
     """
     if len(shape) >= 2 and is_embedding(name, vocabulary_axis) and embeddings != "method":
         return Treatment(kind=embeddings, reason=f"embedding table or output head (embeddings: {embeddings})")
@@ -64,7 +67,12 @@ def treatment(
         return Treatment(kind="average", reason="CLIP's text projection, averaged as published")
     if 0 in shape:
         return Treatment(kind="base", reason="empty")
-    if len(shape) == 3 and _STACKED_EXPERTS.search(name):
+    if _STATE_MATRIX.search(name):
+        return Treatment(kind="average", reason="state-space decay rates, not a linear map")
+    stacked = len(shape) == 3 and _STACKED_EXPERTS.search(name) is not None
+    if (stacked or len(shape) == 2) and matrices != "method":
+        return Treatment(kind=matrices, reason=f"matrix (matrices: {matrices})")
+    if stacked:
         return Treatment(kind="stack", reason="stacked expert matrices, slice by slice")
     if len(shape) != 2:
         return Treatment(kind="average", reason="vector or scalar" if len(shape) < 2 else "convolution kernel or table")

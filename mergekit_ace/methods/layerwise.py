@@ -22,8 +22,8 @@ from torch import Tensor
 
 from mergekit_ace.layer.merge import LayerMerge
 from mergekit_ace.layer.task_vectors import Expert, TaskVectors, mean_task_vector
-from mergekit_ace.methods.parameters import INPUT_AXIS, LAMBDA, WEIGHT, embeddings_parameter
-from mergekit_ace.policy import Treatment, treatment
+from mergekit_ace.methods.parameters import INPUT_AXIS, LAMBDA, WEIGHT, embeddings_parameter, matrices_parameter
+from mergekit_ace.policy import Choice, Treatment, treatment
 
 LOG = logging.getLogger("mergekit_ace")
 
@@ -45,7 +45,14 @@ class LayerwiseMethod(GroupMergeMethod):
             name=self.name,
             pretty_name=self.pretty_name,
             reference_url=self.reference_url,
-            parameters=(*self.own_parameters, WEIGHT, LAMBDA, embeddings_parameter(self.name), INPUT_AXIS),
+            parameters=(
+                *self.own_parameters,
+                WEIGHT,
+                LAMBDA,
+                matrices_parameter(self.name),
+                embeddings_parameter(self.name),
+                INPUT_AXIS,
+            ),
             contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
         )
 
@@ -86,10 +93,20 @@ class LayerwiseMethod(GroupMergeMethod):
     def treat(
         self, name: str, shape: Sequence[int], vocabulary_axis: int | None, parameters: Mapping[str, Any]
     ) -> Treatment:
-        """The treatment that a tensor gets from this method under these parameters."""
-        choice = parameters["embeddings"]
+        """The treatment that a tensor of this stored shape gets from this method under these parameters."""
+
+        def choice(parameter: str) -> Choice:
+            value: Choice = parameters[parameter]
+            return "method" if value == self.name else value
+
+        if parameters["input_axis"] == "first" and len(shape) >= 2:
+            shape = (*shape[:-2], shape[-1], shape[-2])
         return treatment(
-            name, shape, vocabulary_axis=vocabulary_axis, embeddings="method" if choice == self.name else choice
+            name,
+            shape,
+            vocabulary_axis=vocabulary_axis,
+            embeddings=choice("embeddings"),
+            matrices=choice("matrices"),
         )
 
     def _merge(

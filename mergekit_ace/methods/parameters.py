@@ -77,6 +77,17 @@ INPUT_AXIS = parameter(
 )
 
 
+def matrices_parameter(method: str) -> ParameterSpec:
+    """`matrices`, by filter a way to confine the method to some layers."""
+    return parameter(
+        "matrices",
+        Literal[method, "average", "base"],
+        default=method,
+        requirement=f"'{method}', 'average' or 'base'",
+        description="treatment of matrices that are neither embedding table nor output head",
+    )
+
+
 def embeddings_parameter(method: str) -> ParameterSpec:
     """`embeddings`, whose third choice is the method itself."""
     return parameter(

@@ -1,0 +1,1 @@
+"""Measurements: quality, speed and memory of the merges."""

@@ -1,0 +1,57 @@
+"""Merging through mergekit's own commands: `mergekit-yaml`, or `mergekit-pytorch` for what it cannot plan.
+
+The command's click entry point is called in this process, so that torch is imported once and not for every merge; from
+the arguments on it is the installed command's code path.
+"""
+
+import shutil
+import time
+from pathlib import Path
+
+import yaml
+from mergekit.merge_methods.registry import registered_methods
+from mergekit.scripts import merge_raw_pytorch, run_yaml
+
+import mergekit_ace
+
+from .settings import Setting
+
+RANDOM_SEED = "0"
+WEIGHTS = "model.safetensors"
+
+
+def recipe(setting: Setting, base: Path, experts: list[Path]) -> str:
+    """The YAML text; float32 arithmetic and output whatever the checkpoints' dtype, so no rounding is added."""
+    content: dict[str, object] = {
+        "merge_method": setting.method,
+        "models": [{"model": str(expert)} for expert in experts],
+        "dtype": "float32",
+    }
+    if setting.takes_base:
+        content["base_model"] = str(base)
+    if setting.parameters:
+        content["parameters"] = dict(setting.parameters)
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+def registered(method: str) -> bool:
+    """Whether mergekit, with this project's plugin, knows the method."""
+    mergekit_ace.register()
+    return method in {known.spec.name for known in registered_methods()}
+
+
+def merge(setting: Setting, base: Path, experts: list[Path], out: Path, *, command: str) -> float:
+    """Write the merged checkpoint into `out`; returns the wall seconds it took."""
+    out.mkdir(parents=True)
+    config = out / "recipe.yaml"
+    options = [str(config), str(out), "--random-seed", RANDOM_SEED, "--quiet"]
+    started = time.perf_counter()
+    if command == "mergekit-pytorch":
+        files = [expert / WEIGHTS for expert in experts]
+        config.write_text(recipe(setting, base / WEIGHTS, files), encoding="utf-8")
+        merge_raw_pytorch.main.main(args=options, standalone_mode=False)
+        shutil.copy(base / "config.json", out)
+    else:
+        config.write_text(recipe(setting, base, experts), encoding="utf-8")
+        run_yaml.main.main(args=[*options, "--no-copy-tokenizer"], standalone_mode=False)
+    return time.perf_counter() - started

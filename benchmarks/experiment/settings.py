@@ -1,0 +1,89 @@
+"""The one list of methods and settings that the quality benchmark compares."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+
+Value = float | str | bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One merge recipe without its models: parameters are global ones of a mergekit recipe."""
+
+    label: str
+    group: str
+    method: str
+    parameters: Mapping[str, Value] = field(default_factory=lambda: MappingProxyType({}))
+    takes_base: bool = True
+    quick: bool = False
+
+    @property
+    def epsilon(self) -> float | None:
+        """The ridge of a `published` setting that was set by hand."""
+        value = self.parameters.get("epsilon")
+        return float(value) if self.group == "ace published" and isinstance(value, float) else None
+
+
+def of_mergekit(
+    label: str, method: str, *, takes_base: bool = True, quick: bool = False, **parameters: Value
+) -> Setting:
+    return Setting(
+        label=label, group="mergekit", method=method, parameters=parameters, takes_base=takes_base, quick=quick
+    )
+
+
+EPSILON_GRID = (1e-6, 1e-5, 1e-4, 2e-4, 1e-3, 1e-2, 1e-1)
+
+SETTINGS: tuple[Setting, ...] = (
+    of_mergekit("average", "linear", takes_base=False, quick=True, weight=1.0),
+    of_mergekit("task arithmetic 0.3", "task_arithmetic", weight=0.3),
+    of_mergekit("task arithmetic 0.5", "task_arithmetic", weight=0.5),
+    of_mergekit("task arithmetic 1", "task_arithmetic", weight=1.0),
+    of_mergekit("ties 0.2", "ties", quick=True, weight=1.0, density=0.2),
+    of_mergekit("ties 0.5", "ties", weight=1.0, density=0.5),
+    of_mergekit("dare_ties 0.5", "dare_ties", weight=0.5, density=0.5),
+    of_mergekit("della 0.5", "della", weight=1.0, density=0.5),
+    of_mergekit("karcher", "karcher", takes_base=False),
+    of_mergekit("model_stock", "model_stock"),
+    Setting(label="ace", group="ace", method="ace", quick=True),
+    *(
+        Setting(
+            label=f"ace published {epsilon:.0e}",
+            group="ace published",
+            method="ace",
+            parameters={"preset": "published", "epsilon": epsilon},
+            quick=epsilon in (1e-5, 1e-2),
+        )
+        for epsilon in EPSILON_GRID
+    ),
+    Setting(
+        label="ace published auto",
+        group="ace published",
+        method="ace",
+        parameters={"preset": "published", "epsilon": "auto"},
+        quick=True,
+    ),
+    *(
+        Setting(label=method, group="family", method=method, quick=method in ("tsv_m", "iso_c"))
+        for method in ("actmat", "wudi", "tsv_m", "iso_c", "iso_cts", "cart")
+    ),
+)
+
+
+def selected(patterns: tuple[str, ...], *, quick: bool) -> list[Setting]:
+    """The settings whose label matches a glob pattern (all, when there is none).
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(setting.label, pattern) for setting in SETTINGS):
+            labels = ", ".join(setting.label for setting in SETTINGS)
+            raise ValueError(f"--methods must match a setting; got {pattern!r}, there are {labels}")
+    return [
+        setting
+        for setting in SETTINGS
+        if (setting.quick or not quick) and (not patterns or any(fnmatchcase(setting.label, p) for p in patterns))
+    ]

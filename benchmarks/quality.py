@@ -1,0 +1,126 @@
+"""How much of each expert a merged model keeps, for many merge methods and settings.
+
+python -m benchmarks.quality SUITE... [--methods GLOB]... [--quick] [--fresh GLOB]...
+
+SUITE is a name of benchmarks/suites/catalogue.py, or a folder with a `suite.py` of the form in benchmarks/README.md.
+"""
+
+import tempfile
+from pathlib import Path
+
+import click
+
+from benchmarks.experiment import merging
+from benchmarks.experiment.results import Results, Row, environment, today
+from benchmarks.experiment.scoring import BuiltSuite, relative_mean, standard_error
+from benchmarks.experiment.settings import Setting, selected
+from benchmarks.experiment.tables import suite_table, summary_table
+
+RESULTS = Path(__file__).parent / "results"
+# models merged before each call of the scorer, which scores the experts anew every time
+BATCH = 8
+
+
+def measure(suite: BuiltSuite, settings: list[Setting], results: Path, fresh: tuple[str, ...] = ()) -> Results:
+    """Merge and score every setting that `results` does not hold yet; saves after each batch."""
+    suite.ensure_built()
+    base = suite.root / "base"
+    if results.is_file():
+        found = Results.load(results)
+    else:
+        experts, models = suite.score([base])
+        found = Results(suite=suite.name, experts=experts, base=models[base], test_rows=suite.test_rows)
+    found.environment = environment()
+    redo = {setting.label for setting in selected(fresh, quick=False)} if fresh else set()
+    missing = [s for s in settings if (s.label in redo or s.label not in found.labels()) and known(s)]
+    for start in range(0, len(missing), BATCH):
+        for row in measured(suite, missing[start : start + BATCH], found.experts):
+            found.add(row)
+        found.save(results)
+    found.save(results)
+    return found
+
+
+def known(setting: Setting) -> bool:
+    if merging.registered(setting.method):
+        return True
+    click.echo(f"  {setting.label}: left out, mergekit knows no method {setting.method!r}", err=True)
+    return False
+
+
+def measured(suite: BuiltSuite, settings: list[Setting], experts: dict[str, float]) -> list[Row]:
+    """Rows of some settings, merged into a scratch folder and scored by one call."""
+    with tempfile.TemporaryDirectory(prefix="quality-") as scratch:
+        folders = [Path(scratch) / str(place) for place in range(len(settings))]
+        seconds = []
+        for setting, folder in zip(settings, folders, strict=True):
+            paths = [suite.root / task for task in suite.tasks]
+            seconds.append(merging.merge(setting, suite.root / "base", paths, folder, command=suite.command))
+        _, models = suite.score(folders)
+    rows = []
+    for setting, folder, second in zip(settings, folders, seconds, strict=True):
+        accuracies = models[folder]
+        row = Row(
+            label=setting.label,
+            group=setting.group,
+            method=setting.method,
+            parameters=dict(setting.parameters),
+            accuracies=accuracies,
+            relative_mean=round(relative_mean(accuracies, experts), 3),
+            standard_error=round(standard_error(accuracies, experts, suite.test_rows), 3) if suite.test_rows else None,
+            seconds=round(second, 2),
+            date=today(),
+        )
+        click.echo(f"  {row.label}: {row.relative_mean:.1f}")
+        rows.append(row)
+    return rows
+
+
+def write_pictures(suites: list[Results], folder: Path) -> None:
+    from benchmarks.experiment.plots import draw_bars, draw_epsilon
+
+    for suite in suites:
+        draw_bars(suite, folder / f"quality-{suite.suite}.svg")
+    draw_epsilon(suites, folder / "quality-epsilon.svg")
+
+
+@click.command(help=__doc__)
+@click.argument("suites", metavar="SUITE...", nargs=-1, required=True)
+@click.option("--methods", metavar="GLOB", multiple=True, help="Only settings whose label matches; may be repeated.")
+@click.option("--quick", is_flag=True, help="Only the settings marked quick.")
+@click.option("--fresh", metavar="GLOB", multiple=True, help="Measure anew what matches, though it is saved already.")
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default="benchmarks/results")
+@click.option("--builds", type=click.Path(path_type=Path), help="Where checkpoints are built and kept.")
+def main(
+    suites: tuple[str, ...],
+    methods: tuple[str, ...],
+    quick: bool,
+    fresh: tuple[str, ...],
+    results: Path,
+    builds: Path | None,
+) -> None:
+    """See the module's docstring."""
+    builds = builds or Path(tempfile.gettempdir()) / "mergekit-ace-suites"
+    builds.mkdir(parents=True, exist_ok=True)
+    try:
+        settings = selected(methods, quick=quick)
+        found = [BuiltSuite.found(text, builds.resolve()) for text in suites]
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    measurements = []
+    for suite in found:
+        click.echo(suite.name)
+        measured_suite = measure(suite, settings, results / f"quality-{suite.name}.json", fresh)
+        measurements.append(measured_suite)
+        table = suite_table(measured_suite)
+        (results / f"quality-{suite.name}.md").write_text(table, encoding="utf-8")
+        click.echo(table)
+    if len(measurements) > 1:
+        table = summary_table(measurements)
+        (results / "quality.md").write_text(table, encoding="utf-8")
+        click.echo(table)
+    write_pictures(measurements, results)
+
+
+if __name__ == "__main__":
+    main()

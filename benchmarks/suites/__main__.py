@@ -1,0 +1,53 @@
+"""Build a suite of real experts, or score models on it.
+
+python -m benchmarks.suites NAME build DIR [--reuse DIR]
+python -m benchmarks.suites NAME score DIR MODEL...
+"""
+
+from pathlib import Path
+
+import click
+
+from .catalogue import SUITES
+from .form import Kind, build, score
+
+
+def kind_of(name: str) -> Kind:
+    if name == "digits":
+        from .digits import Digits
+
+        return Digits()
+    from .decoder import Decoder
+
+    return Decoder()
+
+
+@click.group(help=__doc__)
+@click.argument("name", type=click.Choice(sorted(SUITES)))
+@click.pass_context
+def main(context: click.Context, name: str) -> None:
+    context.obj = SUITES[name]
+
+
+@main.command("build")
+@click.argument("root", metavar="DIR", type=click.Path(path_type=Path))
+@click.option(
+    "--reuse", type=click.Path(path_type=Path, exists=True), help="A built suite of the kind; its base is copied."
+)
+@click.pass_obj
+def build_command(suite, root: Path, reuse: Path | None) -> None:  # type: ignore[no-untyped-def]
+    """Write DIR/base and DIR/<task>."""
+    build(kind_of(suite.kind), suite, root, reuse)
+
+
+@main.command("score")
+@click.argument("root", metavar="DIR", type=click.Path(path_type=Path, exists=True))
+@click.argument("models", metavar="MODEL...", type=click.Path(path_type=Path, exists=True), nargs=-1, required=True)
+@click.pass_obj
+def score_command(suite, root: Path, models: tuple[Path, ...]) -> None:  # type: ignore[no-untyped-def]
+    """Print per-task accuracies and their mean relative to the experts."""
+    score(kind_of(suite.kind), suite, root, list(models))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The suites that we train ourselves, by name.
+
+`digits` and `decoder` train every expert alike; the others differ from them in one respect each, and build faster with
+`--reuse` of a built `digits` or `decoder`.
+"""
+
+from .recipe import Expert, Suite
+
+
+def digits(task: str, **changes: object) -> Expert:
+    return Expert(**{"task": task, "steps": 300, "learning_rate": 3e-4, **changes})
+
+
+def decoder(task: str, **changes: object) -> Expert:
+    return Expert(**{"task": task, "steps": 200, "learning_rate": 1e-3, **changes})
+
+
+DIGITS = Suite(
+    name="digits",
+    kind="digits",
+    experts=tuple(
+        map(digits, ("rotated", "mirrored", "inverted", "shuffled", "occluded", "evens", "above_four", "diagonal"))
+    ),
+)
+DIGITS_TWO = Suite(name="digits-two", kind="digits", experts=(digits("mirrored"), digits("evens")))
+DIGITS_UNEVEN = Suite(
+    name="digits-uneven",
+    kind="digits",
+    experts=(
+        digits("rotated", learning_rate=1e-3, steps=150),
+        digits("mirrored", learning_rate=1e-4),
+        digits("occluded", steps=100),
+        digits("evens", learning_rate=5e-5),
+        digits("diagonal", learning_rate=1e-3, steps=100),
+    ),
+)
+DIGITS_LORA = Suite(
+    name="digits-lora",
+    kind="digits",
+    experts=(
+        digits("mirrored", lora_rank=4, learning_rate=2e-3, steps=200),
+        digits("inverted", lora_rank=8, learning_rate=2e-3, steps=200),
+        digits("occluded", lora_rank=16, learning_rate=2e-3, steps=200),
+        digits("evens", lora_rank=32, learning_rate=2e-3, steps=200),
+    ),
+)
+DIGITS_FROZEN = Suite(
+    name="digits-frozen",
+    kind="digits",
+    experts=(
+        digits("mirrored", frozen=("layers.0.", "layers.1.", "layer.0.", "layer.1.", "embeddings")),
+        digits("above_four", frozen=("layers.3.", "layers.4.", "layer.3.", "layer.4.")),
+        digits("inverted", frozen=("intermediate", "output.dense", "mlp")),
+    ),
+)
+DECODER = Suite(
+    name="decoder",
+    kind="decoder",
+    experts=tuple(map(decoder, ("cpp", "records", "backwards", "rot13", "shouted", "sums"))),
+)
+DECODER_THREE = Suite(
+    name="decoder-three", kind="decoder", experts=tuple(map(decoder, ("records", "backwards", "sums")))
+)
+DECODER_BF16 = Suite(name="decoder-bf16", kind="decoder", experts=DECODER.experts, dtype="bfloat16")
+DECODER_UNEVEN = Suite(
+    name="decoder-uneven",
+    kind="decoder",
+    experts=(
+        decoder("cpp", learning_rate=3e-4, steps=100),
+        decoder("backwards", learning_rate=3e-3),
+        decoder("shouted", learning_rate=1e-4),
+        decoder("sums"),
+    ),
+)
+DECODER_LORA = Suite(
+    name="decoder-lora",
+    kind="decoder",
+    experts=(
+        decoder("records", lora_rank=4, learning_rate=5e-3, steps=150),
+        decoder("shouted", lora_rank=8, learning_rate=5e-3, steps=150),
+        decoder("cpp", lora_rank=16, learning_rate=5e-3, steps=150),
+        decoder("backwards", lora_rank=32, learning_rate=5e-3, steps=150),
+    ),
+)
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        DIGITS,
+        DIGITS_TWO,
+        DIGITS_UNEVEN,
+        DIGITS_LORA,
+        DIGITS_FROZEN,
+        DECODER,
+        DECODER_THREE,
+        DECODER_BF16,
+        DECODER_UNEVEN,
+        DECODER_LORA,
+    )
+}

@@ -1,0 +1,37 @@
+"""What a suite is made of: how each expert was trained from the common base, as data."""
+
+from dataclasses import dataclass
+
+# the folder of a built suite for what stays outside the merge
+HEADS = "heads"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expert:
+    """One fine-tune of the base.
+
+    `lora_rank` 0 trains all weights; above 0 a LoRA of that rank on every linear layer, merged into a full checkpoint.
+    `frozen` names parts of parameter names that stay as in the base.
+    """
+
+    task: str
+    steps: int
+    learning_rate: float
+    lora_rank: int = 0
+    frozen: tuple[str, ...] = ()
+    seed: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """A named set of experts of one kind (`digits` or `decoder`), their base pre-trained from `seed`."""
+
+    name: str
+    kind: str
+    experts: tuple[Expert, ...]
+    dtype: str = "float32"
+    seed: int = 0
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(expert.task for expert in self.experts)

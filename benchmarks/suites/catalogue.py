@@ -48,9 +48,9 @@ DIGITS_FROZEN = Suite(
     name="digits-frozen",
     kind="digits",
     experts=(
-        digits("mirrored", frozen=("layers.0.", "layers.1.", "layer.0.", "layer.1.", "embeddings")),
-        digits("above_four", frozen=("layers.3.", "layers.4.", "layer.3.", "layer.4.")),
-        digits("inverted", frozen=("intermediate", "output.dense", "mlp")),
+        digits("mirrored", frozen=("embeddings", "layers.0.", "layers.1.")),
+        digits("above_four", frozen=("layers.3.", "layers.4.")),
+        digits("inverted", frozen=("mlp",)),
     ),
 )
 DECODER = Suite(

@@ -84,6 +84,13 @@ class TaskVectors:
         """`D_t`, `[m, n]`, working dtype, in storage of its own that the caller may overwrite."""
         return difference(self.experts[t].tensor, self.base, self.dtype)
 
+    def sum(self) -> Tensor:
+        """`sum_t a_t D_t`, `[m, n]`, working dtype, with the shares `a_t`."""
+        total = self.base.new_zeros(self.shape, dtype=self.dtype)
+        for t, share in enumerate(self.shares):
+            total.add_(self.task_vector(t), alpha=share)
+        return total
+
 
 def voting_experts(experts: Sequence[Expert], *, name: str) -> list[Expert]:
     """The experts of positive weight.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal
 
+from mergekit_ace.layer.covariance_methods import ACE_PUBLISHED
 from mergekit_ace.layer.merge import LayerMerge, merge_by_covariance
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.task_vectors import TaskVectors
@@ -15,8 +16,8 @@ from mergekit_ace.methods.parameters import Fraction, Positive, Threshold, param
 Preset = Literal["preset"]
 
 PRESETS: Mapping[str, CovarianceOptions] = {
-    "published": CovarianceOptions(),
-    "default": CovarianceOptions(),
+    "published": ACE_PUBLISHED,
+    "default": ACE_PUBLISHED,
 }
 
 

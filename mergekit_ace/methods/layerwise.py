@@ -39,6 +39,7 @@ class LayerwiseMethod(GroupMergeMethod):
     pretty_name: str
     reference_url: str
     own_parameters: tuple[ParameterSpec, ...] = ()
+    lambda_parameter: ParameterSpec = LAMBDA
 
     def __init__(self) -> None:
         self.spec = MergeMethodSpec(
@@ -58,7 +59,14 @@ class LayerwiseMethod(GroupMergeMethod):
 
     @abstractmethod
     def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> LayerMerge:
-        """Merge the task vectors of one `[m, n]` weight, inputs last; `parameters` holds `own_parameters` by name."""
+        """Merge the task vectors of one `[m, n]` weight, inputs last; `parameters` holds `own_parameters` by name.
+
+        At least two experts; `scale` is applied to the result.
+        """
+
+    def scale(self, parameters: Mapping[str, Any]) -> float:
+        """What the merged task vector is multiplied by: `lambda`, unless the method has another use for it."""
+        return float(parameters["lambda"])
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Merge one tensor; called by mergekit.
@@ -115,7 +123,7 @@ class LayerwiseMethod(GroupMergeMethod):
         if treated.kind == "base":
             return base.clone(), ""
         if treated.kind == "average":
-            return _apply(base, mean_task_vector(base, experts, name=name), parameters["lambda"]), ""
+            return _apply(base, mean_task_vector(base, experts, name=name), self.scale(parameters)), ""
         if treated.kind == "matrix":
             return self._merge_matrix(base, experts, parameters, name)
         merged = torch.empty_like(base)
@@ -135,12 +143,18 @@ class LayerwiseMethod(GroupMergeMethod):
         task_vectors = TaskVectors(base, experts, name=name)
         if len(task_vectors) == 0:
             merged, notes = base.clone(), "no expert changed it"
-        elif len(task_vectors) == 1 and parameters["lambda"] == 1:
+        elif len(task_vectors) == 1:
             # base + (expert - base) rounds twice in float32; the expert's own bits are the exact result.
-            merged, notes = task_vectors.experts[0].tensor.clone(), f"only {task_vectors.experts[0].name} changed it"
+            unscaled = self.scale(parameters) == 1
+            merged = (
+                task_vectors.experts[0].tensor.clone()
+                if unscaled
+                else _apply(base, task_vectors.task_vector(0), self.scale(parameters))
+            )
+            notes = f"only {task_vectors.experts[0].name} changed it"
         else:
             layer = self.merge_matrix(task_vectors, parameters)
-            merged, notes = _apply(base, layer.task_vector, parameters["lambda"]), layer.describe()
+            merged, notes = _apply(base, layer.task_vector, self.scale(parameters)), layer.describe()
         return (merged.mT if turned else merged), notes
 
 

@@ -14,6 +14,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # Infinity is a threshold that nothing crosses.
 Threshold = Annotated[float, Field(ge=0, allow_inf_nan=True)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
 
 
 def parameter(
@@ -53,6 +54,13 @@ def _naming(name: str, requirement: str) -> Callable[[Any, ValidatorFunctionWrap
     return validate
 
 
+RIDGE = parameter(
+    "epsilon",
+    Positive | Literal["auto"],
+    default="auto",
+    requirement="a finite number above 0, or 'auto'",
+    description="ridge of the second moments, absolute, or 'auto': estimated from the task vectors",
+)
 WEIGHT = parameter(
     "weight",
     NonNegative,

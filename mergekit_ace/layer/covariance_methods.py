@@ -1,0 +1,33 @@
+"""The covariance-based methods on one screen: one solve, `X sum_t Sbar_t = sum_t N_t Sbar_t`, and how they differ.
+
+| | second moment | numerator | divided by its trace | prior, refinement |
+| --- | --- | --- | --- | --- |
+| ACE | centered, `C_t^T C_t` | centered, `C_t` | in heterogeneous layers | yes |
+| ACTMat | `D_t^T D_t` | `D_t` | never | no |
+| WUDI | `D_t^T D_t` | `D_t` | always: its `||D_t||_F^2` is `tr D_t^T D_t` | no |
+
+Without a ridge, ACTMat minimizes `sum_t ||(X - D_t) D_t^T||_F^2`, and WUDI the same with every term divided by
+`||D_t||_F^2`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mergekit_ace.layer.options import CovarianceOptions
+
+ACE_PUBLISHED = CovarianceOptions()
+"""Xu et al., arXiv:2603.02945, Eqs. 5-19, at its program's epsilon."""
+
+ACTMAT = CovarianceOptions(
+    epsilon="auto",
+    center_second_moment=False,
+    center_numerator=False,
+    trace_normalization="never",
+    structural_prior=False,
+    refinement="never",
+)
+"""arXiv:2604.01329. The ridge is ours: with a fixed small one it loses whole tasks on real experts."""
+
+WUDI = replace(ACTMAT, trace_normalization="always")
+"""The minimizer of the objective of Cheng et al., arXiv:2503.08099, with the same ridge."""

@@ -1,0 +1,73 @@
+"""Isotropic merging: the directions of the experts' sum, all equally strong."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mergekit_ace.layer.task_vectors import TaskVectors
+from mergekit_ace.linalg.precision import require_full_float32
+from mergekit_ace.linalg.subspace import dominant_subspace, polar_factor, singular_triples
+
+
+def merge_isotropic(task_vectors: TaskVectors) -> Tensor:
+    """Iso-C: `mean(s) U V^T` of `sum_t a_t D_t = U diag(s) V^T`, the mean over all `min(m, n)` singular values.
+
+    Directions beyond the numerical rank of the sum stay zero; their zeros count in the mean. `a_t` is the expert's
+    share.
+
+    Source: Marczak et al., "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces", ICML
+    2025, arXiv:2502.04959, Algorithm 1.
+
+    Args:
+        task_vectors: of one `[m, n]` weight, at least one expert. A single one is flattened too.
+
+    Returns:
+        `[m, n]`, working dtype.
+    """
+    spectrum = dominant_subspace(task_vectors.sum(), min(task_vectors.shape))
+    return spectrum.partial_isometry.mul_(spectrum.singular_values.mean())
+
+
+def merge_isotropic_subspaces(task_vectors: TaskVectors, *, common_fraction: float) -> Tensor:
+    """Iso-CTS: `mean(s) polar([U_c U_1 .. U_T]) polar([V_c V_1 .. V_T])^T`, common and own directions.
+
+    `U_c, s_c, V_c` are the top `c = floor(common_fraction * r)` singular triples of `sum_t a_t D_t`, `r = min(m, n)`;
+    `U_t, s_t, V_t` the top `floor((r - c) / T)` of the residual `(I - U_c U_c^T) a_t D_t`; the mean is over all that
+    are kept. Directions beyond a numerical rank take no part, their zeros count in the mean. `a_t` is the expert's
+    share.
+
+    The residuals' left vectors are orthogonal to `U_c` as they are, so their polar factor is taken by itself.
+
+    Source: Marczak et al., arXiv:2502.04959, Algorithm 2. Where that leaves no direction at all (`c = 0`, and fewer
+    than `T` left), one common direction is kept; that is ours.
+
+    Args:
+        task_vectors: of one `[m, n]` weight, at least one expert.
+        common_fraction: in `[0, 1]`.
+
+    Returns:
+        `[m, n]`, working dtype.
+
+    Raises:
+        RuntimeError: the process runs float32 products in reduced precision.
+    """
+    require_full_float32()
+    r = min(task_vectors.shape)
+    common = int(common_fraction * r)
+    specific = (r - common) // len(task_vectors)
+    if common == specific == 0:
+        common = 1
+    shared = singular_triples(task_vectors.sum(), common)
+    values, right = [shared.singular_values], [shared.right]
+    own_left = []
+    for t, share in enumerate(task_vectors.shares if specific else ()):
+        update = task_vectors.task_vector(t).mul_(share)
+        update.addmm_(shared.left, shared.left.mT @ update, alpha=-1)
+        own = singular_triples(update, specific)
+        own_left.append(own.left)
+        values.append(own.singular_values)
+        right.append(own.right)
+    left = torch.cat([shared.left, polar_factor(torch.cat(own_left, dim=1))], dim=1) if own_left else shared.left
+    level = torch.cat(values).mean()
+    return left.mul(level) @ polar_factor(torch.cat(right, dim=1)).mT

@@ -1,0 +1,43 @@
+"""Task singular vectors: every expert keeps its strongest directions, made orthogonal to the others'."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mergekit_ace.layer.task_vectors import TaskVectors
+from mergekit_ace.linalg.precision import require_full_float32
+from mergekit_ace.linalg.subspace import polar_factor, singular_triples
+
+
+def merge_task_singular_vectors(task_vectors: TaskVectors) -> Tensor:
+    """`polar([U_1 .. U_T]) diag(a_1 s_1 .. a_T s_T) polar([V_1 .. V_T])^T` of each task vector's top singular triples.
+
+    Each of the `T` experts gives `k = floor(r / T)` triples, `r = min(m, n)`; with more experts than `r`, one. The
+    polar factor is the nearest matrix with orthonormal columns, so directions that experts share are pulled apart.
+    Directions beyond an expert's numerical rank take no part. `a_t`, the expert's share, scales its singular values.
+
+    Kept meanwhile: the triples, `[m, T k]` and `[n, T k]`, so no more than `r (m + n)` values for `T <= r`.
+
+    Source: Gargiulo et al., "Task Singular Vectors: Reducing Task Interference in Model Merging", CVPR 2025,
+    arXiv:2412.00081, Algorithm 1. Where `T > r` the formula keeps nothing; one triple each is ours.
+
+    Args:
+        task_vectors: of one `[m, n]` weight, at least one expert.
+
+    Returns:
+        `[m, n]`, working dtype.
+
+    Raises:
+        RuntimeError: the process runs float32 products in reduced precision.
+    """
+    require_full_float32()
+    k = max(1, min(task_vectors.shape) // len(task_vectors))
+    left, singular_values, right = [], [], []
+    for t, share in enumerate(task_vectors.shares):
+        triples = singular_triples(task_vectors.task_vector(t), k)
+        left.append(triples.left)
+        singular_values.append(share * triples.singular_values)
+        right.append(triples.right)
+    scaled = polar_factor(torch.cat(left, dim=1)).mul_(torch.cat(singular_values))
+    return scaled @ polar_factor(torch.cat(right, dim=1)).mT

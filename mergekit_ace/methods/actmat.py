@@ -1,0 +1,31 @@
+"""`merge_method: actmat`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mergekit_ace.layer.covariance_methods import ACTMAT
+from mergekit_ace.layer.merge import LayerMerge, merge_by_covariance
+from mergekit_ace.layer.task_vectors import TaskVectors
+from mergekit_ace.methods.layerwise import LayerwiseMethod
+from mergekit_ace.methods.parameters import RIDGE
+
+
+class Actmat(LayerwiseMethod):
+    """ACTMat: RegMean's solve, with each expert's uncentered `D_t^T D_t` in place of its input covariance.
+
+    `(sum_t a_t D_t Sbar_t) (sum_t a_t Sbar_t)^-1` with `Sbar_t` the regularized `D_t^T D_t`; `weight` is `a_t`.
+
+    Source: arXiv:2604.01329. The paper has no `lambda`; 1 is its result.
+    """
+
+    name = "actmat"
+    pretty_name = "ACTMat"
+    reference_url = "https://arxiv.org/abs/2604.01329"
+    own_parameters = (RIDGE,)
+
+    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> LayerMerge:
+        """One matrix by ACTMat."""
+        return merge_by_covariance(task_vectors, replace(ACTMAT, epsilon=parameters["epsilon"]))

@@ -1,0 +1,40 @@
+"""`merge_method: iso_cts`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mergekit_ace.layer.isotropic import merge_isotropic_subspaces
+from mergekit_ace.layer.merge import LayerMerge
+from mergekit_ace.layer.task_vectors import TaskVectors
+from mergekit_ace.methods.layerwise import LayerwiseMethod
+from mergekit_ace.methods.parameters import Fraction, parameter
+
+
+class IsoCts(LayerwiseMethod):
+    """Iso-CTS: the common directions of the sum and each expert's own outside them, all equally strong.
+
+    `weight` scales the expert's task vector in the sum and in its residual. `lambda` is the paper's alpha.
+
+    Source: Marczak et al., "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces", ICML
+    2025, arXiv:2502.04959.
+    """
+
+    name = "iso_cts"
+    pretty_name = "Iso-CTS"
+    reference_url = "https://arxiv.org/abs/2502.04959"
+    own_parameters = (
+        parameter(
+            "common_fraction",
+            Fraction,
+            default=0.8,
+            requirement="a number from 0 to 1",
+            description="share of singular directions taken from the sum; the experts' own share the rest",
+        ),
+    )
+
+    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> LayerMerge:
+        """One matrix by Iso-CTS."""
+        merged = merge_isotropic_subspaces(task_vectors, common_fraction=parameters["common_fraction"])
+        return LayerMerge(task_vector=merged)

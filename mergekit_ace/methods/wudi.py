@@ -1,0 +1,63 @@
+"""`merge_method: wudi`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from mergekit_ace.layer.covariance_methods import WUDI
+from mergekit_ace.layer.merge import LayerMerge, merge_by_covariance
+from mergekit_ace.layer.task_vectors import TaskVectors
+from mergekit_ace.layer.wudi_adam import descend_interference
+from mergekit_ace.methods.layerwise import LayerwiseMethod
+from mergekit_ace.methods.parameters import RIDGE, Count, Positive, parameter
+
+
+class Wudi(LayerwiseMethod):
+    """WUDI-Merging: the least interference `sum_t a_t ||(X - D_t) D_t^T||_F^2 / ||D_t||_F^2`; `weight` is `a_t`.
+
+    `closed_form` solves for the minimizer, with a ridge. `adam` is the published program: it starts from
+    `sum_t a_t D_t` and stops early, so its result lies between that sum and the minimizer, depending on the size of
+    the updates. `epsilon` is read by the former alone, `steps` and `learning_rate` by the latter.
+
+    Source: Cheng et al., "Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task
+    Vectors", ICML 2025, arXiv:2503.08099. The paper has no `lambda`; 1 is its result.
+    """
+
+    name = "wudi"
+    pretty_name = "WUDI-Merging"
+    reference_url = "https://arxiv.org/abs/2503.08099"
+    own_parameters = (
+        parameter(
+            "solver",
+            Literal["closed_form", "adam"],
+            default="closed_form",
+            requirement="'closed_form' or 'adam'",
+            description="the minimizer itself, or Adam stopped early as published",
+        ),
+        RIDGE,
+        parameter(
+            "steps",
+            Count,
+            default=300,
+            requirement="a whole number of at least 0",
+            description="solver adam: number of steps",
+        ),
+        parameter(
+            "learning_rate",
+            Positive,
+            default=1e-5,
+            requirement="a finite number above 0",
+            description="solver adam: step size, in units of the weights",
+        ),
+    )
+
+    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> LayerMerge:
+        """One matrix by WUDI."""
+        if parameters["solver"] == "closed_form":
+            return merge_by_covariance(task_vectors, replace(WUDI, epsilon=parameters["epsilon"]))
+        merged = descend_interference(
+            task_vectors, steps=parameters["steps"], learning_rate=parameters["learning_rate"]
+        )
+        return LayerMerge(task_vector=merged)

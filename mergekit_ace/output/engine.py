@@ -1,0 +1,123 @@
+"""mergekit's `run_merge`, told which tensors to make: the one place that leans on how mergekit plans."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import mergekit.merge
+import yaml
+from mergekit.architecture import WeightInfo
+from mergekit.architecture.conversion import convert_checkpoint_tensors
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import ConfigReader, MergeConfiguration
+from mergekit.graph import Task
+from mergekit.io.tasks import FinalizeModel, LoaderCache, SaveTensor
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+from torch import Tensor
+
+from mergekit_ace.output.headers import Headers
+from mergekit_ace.output.selection import PlannedTensor
+
+Choice = Callable[[Sequence[PlannedTensor]], Sequence[PlannedTensor]]
+
+
+def parse_recipe(source: str) -> MergeConfiguration:
+    """Read a recipe as `mergekit-yaml` does.
+
+    Raises:
+        yaml.YAMLError: The text is not YAML.
+        pydantic.ValidationError: The document is not a recipe.
+    """
+    return MergeConfiguration.model_validate(yaml.safe_load(source))
+
+
+def local_inputs(recipe: MergeConfiguration) -> list[Path]:
+    """Return the folders of this machine that a recipe reads."""
+    paths = [
+        Path(path.path)
+        for model in recipe.referenced_models()
+        for path in (model.model, model.lora)
+        if path is not None
+    ]
+    return [path for path in paths if path.exists()]
+
+
+def run(recipe: str, out: Path, options: MergeOptions, choose: Choice) -> None:
+    """Run a recipe as `mergekit-yaml` does, but make the chosen tensors only.
+
+    Args:
+        recipe: The recipe's text.
+        out: The folder to write to; its name is the model's name in the card.
+        options: mergekit's.
+        choose: Given all tensors of the output in the order of the plan, with the sizes that the inputs' headers
+            promise, returns those to make. What it raises ends the merge before it starts.
+    """
+    with _planner(functools.partial(_SelectivePlanner, choose=choose)):
+        mergekit.merge.run_merge(parse_recipe(recipe), str(out), options=options, config_source=recipe)
+
+
+@contextlib.contextmanager
+def _planner(planner: Callable[..., MergePlanner]) -> Iterator[None]:
+    """Bind the name by which `run_merge` finds its planner: it takes none as an argument."""
+    module: Any = mergekit.merge
+    original = module.MergePlanner
+    module.MergePlanner = planner
+    try:
+        yield
+    finally:
+        module.MergePlanner = original
+
+
+class _SelectivePlanner(MergePlanner):
+    """mergekit's planner, which notes what it has planned and hands on the chosen tensors only."""
+
+    def __init__(self, *args: Any, choose: Choice, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._choose = choose
+        self._sizes: dict[str, int] = {}
+        self._headers: dict[ModelReference, Headers] = {}
+
+    def plan_tensor(
+        self, weight: WeightInfo, weights_in: list[WeightInfo], models: list[ModelReference], cfg_reader: ConfigReader
+    ) -> None:
+        super().plan_tensor(weight, weights_in, models, cfg_reader)
+        self._sizes[weight.name] = self._nbytes(weight, zip(models, weights_in, strict=True))
+
+    def plan_to_disk(self, out_path: str) -> list[Task[Any]]:
+        tasks = super().plan_to_disk(out_path)
+        saves = [task for task in tasks if isinstance(task, SaveTensor)]
+        planned = [PlannedTensor(name=save.tensor_name, nbytes=self._sizes[save.tensor_name]) for save in saves]
+        chosen = {tensor.name for tensor in self._choose(planned)}
+        if len(chosen) == len(saves):
+            return tasks
+        chosen_saves = tuple(save for save in saves if save.tensor_name in chosen)
+        others = [task for task in tasks if not isinstance(task, SaveTensor | FinalizeModel)]
+        finalize = FinalizeModel(tensor_save_tasks=chosen_saves, writer_task=saves[0].writer_task)
+        return [*chosen_saves, finalize, *others]
+
+    def _nbytes(self, weight: WeightInfo, sources: Iterable[tuple[ModelReference, WeightInfo]]) -> int:
+        """Size of an output tensor, taken from the first input that has it; 0 if none does."""
+        dtype = dtype_from_name(weight.force_dtype or self.config.out_dtype or self.config.dtype)
+        for model, source in sources:
+            tensor = self._header(model, source)
+            if tensor is not None:
+                return tensor.numel() * (dtype or tensor.dtype).itemsize
+        return 0
+
+    def _header(self, model: ModelReference, weight: WeightInfo) -> Tensor | None:
+        cache = LoaderCache()
+        if model not in self._headers:
+            self._headers[model] = Headers(cache.get(model).index)
+        headers = self._headers[model]
+        for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ())):
+            if name in headers:
+                return headers[name]
+        # Stored in another layout than transformers loads, such as one tensor an expert of a mixture.
+        model_type = model.config(trust_remote_code=cache.trust_remote_code).model_type
+        sources = {name: functools.partial(headers.__getitem__, name) for name in headers}
+        return convert_checkpoint_tensors(model_type, sources, weight.name)

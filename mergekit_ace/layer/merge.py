@@ -10,7 +10,7 @@ from mergekit_ace.layer.heterogeneity import heterogeneity
 from mergekit_ace.layer.normal_equations import solve
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.refinement import Refinement, spectral_refinement
-from mergekit_ace.layer.ridge import Regularized
+from mergekit_ace.layer.ridge import Regularized, relative_ridge
 from mergekit_ace.layer.task_vectors import TaskVectors
 from mergekit_ace.linalg.precision import require_full_float32
 
@@ -25,6 +25,8 @@ class LayerMerge:
         heterogeneous: what the gate said.
         normalized: second moments were divided by their traces.
         regularized: scale and ridge of each expert in `TaskVectors.experts`; empty when nothing was solved.
+        ridge: of the system, relative to the mean eigenvalue of what it regularizes; None when nothing was solved.
+        condition: estimated condition number of the system; None unless `diagnostics` are wanted.
         refinement: level and number of the refined directions, None when there was none.
     """
 
@@ -33,6 +35,8 @@ class LayerMerge:
     heterogeneous: bool = False
     normalized: bool = False
     regularized: tuple[Regularized, ...] = ()
+    ridge: float | None = None
+    condition: float | None = None
     refinement: Refinement | None = None
 
     def describe(self) -> str:
@@ -41,6 +45,10 @@ class LayerMerge:
             return ""
         gate = "heterogeneous" if self.heterogeneous else "homogeneous"
         line = f"{gate} ({self.heterogeneity:.3g})"
+        if self.ridge is not None:
+            line += f", ridge {self.ridge:.2g} of the mean eigenvalue"
+        if self.condition is not None:
+            line += f", condition {self.condition:.1e}"
         if self.refinement is not None:
             line += f", {self.refinement.directions} directions refined to {self.refinement.level:.3g}"
         return line
@@ -82,5 +90,7 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         heterogeneous=heterogeneous,
         normalized=normalize,
         regularized=solution.regularized,
+        ridge=relative_ridge(solution.regularized, task_vectors.shares, task_vectors.shape[1]),
+        condition=solution.condition,
         refinement=refinement,
     )

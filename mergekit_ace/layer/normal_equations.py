@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mergekit_ace.layer.diagnostics import diagnostics_wanted
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.ridge import Regularized, fixed_ridge, shrunk_ridge
 from mergekit_ace.layer.task_vectors import TaskVectors
 from mergekit_ace.linalg.cholesky import cholesky_factor, solve_right
+from mergekit_ace.linalg.conditioning import condition_number
 from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.linalg.symmetric import add_gram_upper_, add_to_diagonal_, gram, mirror_upper_
 
@@ -30,6 +32,8 @@ class Solution:
     """`R = sum_t a_t D_t (S_t - Sm)`, `[m, n]`, when asked for; `Sm` is the mean of the regularized `Sbar_t`."""
     regularized: tuple[Regularized, ...]
     """Each expert's scale and ridge."""
+    condition: float | None
+    """Estimated condition number of `sum_t a_t Sbar_t`; None unless `diagnostics` are wanted."""
 
 
 def solve(task_vectors: TaskVectors, options: CovarianceOptions, *, normalize: bool, with_residual: bool) -> Solution:
@@ -97,12 +101,13 @@ def solve(task_vectors: TaskVectors, options: CovarianceOptions, *, normalize: b
 
     factor = cholesky_factor(system, what=task_vectors.name)
     del system
+    condition = condition_number(factor) if diagnostics_wanted() else None
     weight_matrix = solve_right(numerator, factor)
     if prior_row is not None:
         if normalize:
             prior_row = prior_row / _mean_energy(task_vectors)
         weight_matrix = _add_prior(weight_matrix, solve_right(prior_row[None], factor))
-    return Solution(weight=weight_matrix, residual=residual, regularized=tuple(regularized))
+    return Solution(weight=weight_matrix, residual=residual, regularized=tuple(regularized), condition=condition)
 
 
 def _regularize(
@@ -112,7 +117,7 @@ def _regularize(
     m, n = task_vectors.shape
     trace = measured.centered_energy if options.center_second_moment else measured.energy
     if trace == 0 and (normalize or options.epsilon == "auto"):
-        return Regularized(scale=0.0, ridge=0.0)
+        return Regularized(scale=0.0, ridge=0.0, trace=0.0)
     if options.epsilon == "auto":
         samples = m - 1 if options.center_second_moment else m
         return shrunk_ridge(trace=trace, squared_norm=squared, samples=samples, dimensions=n, normalize=normalize)

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Regularized:
-    """`Sbar = scale * G + ridge * I`, the regularized second-order proxy of one expert, by its two scalars."""
+    """`Sbar = scale * G + ridge * I`, the regularized second-order proxy of one expert, by its scalars."""
 
     scale: float
     ridge: float
+    trace: float
+    """`tr G`."""
+
+
+def relative_ridge(proxies: Sequence[Regularized], shares: Sequence[float], dimensions: int) -> float:
+    """Ridge of `sum_t a_t Sbar_t` over the mean eigenvalue of `sum_t a_t scale_t G_t`; infinite where that is zero.
+
+    Args:
+        proxies: of any number of experts.
+        shares: `a_t`, one for each.
+        dimensions: `n`.
+    """
+    ridge = sum(share * proxy.ridge for share, proxy in zip(shares, proxies, strict=True))
+    trace = sum(share * proxy.scale * proxy.trace for share, proxy in zip(shares, proxies, strict=True))
+    return ridge * dimensions / trace if trace > 0 else float("inf")
 
 
 def fixed_ridge(epsilon: float, *, trace: float, normalize: bool) -> Regularized:
@@ -21,7 +37,8 @@ def fixed_ridge(epsilon: float, *, trace: float, normalize: bool) -> Regularized
         trace: `tr G`, positive when `normalize`.
         normalize: divide by the trace.
     """
-    return Regularized(scale=1 / trace, ridge=epsilon / trace) if normalize else Regularized(scale=1.0, ridge=epsilon)
+    unit = 1 / trace if normalize else 1.0
+    return Regularized(scale=unit, ridge=epsilon * unit, trace=trace)
 
 
 def shrunk_ridge(*, trace: float, squared_norm: float, samples: int, dimensions: int, normalize: bool) -> Regularized:
@@ -49,4 +66,4 @@ def shrunk_ridge(*, trace: float, squared_norm: float, samples: int, dimensions:
         numerator = (1 - 2 / dimensions) * squared_norm + trace**2
         intensity = min(1.0, numerator / ((samples + 1 - 2 / dimensions) * spread))
     unit = 1 / trace if normalize else 1.0
-    return Regularized(scale=(1 - intensity) * unit, ridge=intensity * trace / dimensions * unit)
+    return Regularized(scale=(1 - intensity) * unit, ridge=intensity * trace / dimensions * unit, trace=trace)

@@ -6,7 +6,8 @@ writes a base and its experts to disk; `add_adapter` writes a LoRA adapter, `sav
 
 from tests.checkpoints.adapters import add_adapter
 from tests.checkpoints.experts import Update, updates_for
-from tests.checkpoints.families import FAMILIES, Family
+from tests.checkpoints.families import FAMILIES
+from tests.checkpoints.family import Family
 from tests.checkpoints.storage import Storage, read_tensors, save_model
 from tests.checkpoints.suite import Suite, make_suite
 from tests.checkpoints.tokenizers import save_tokenizer

@@ -18,7 +18,7 @@ class Update(Enum):
     EVEN = "all experts, homogeneous"
     UNEVEN = "all experts, heterogeneous"
     PARTLY_EVEN = "all but the first expert, homogeneous"
-    PARTLY_UNEVEN = "all but the second expert, heterogeneous"
+    PARTLY_UNEVEN = "all but the middle expert, heterogeneous"
     ONE = "the last expert only"
     FROZEN = "no expert"
 
@@ -33,7 +33,7 @@ class Update(Enum):
         if self is Update.PARTLY_EVEN:
             norms[0] = 0.0
         if self is Update.PARTLY_UNEVEN:
-            norms[1] = 0.0
+            norms[experts // 2] = 0.0
         return norms
 
 
@@ -55,7 +55,7 @@ def task_vectors(shape: Sequence[int], update: Update, experts: int, generator: 
         return [torch.stack(slices) for slices in zip(*stacks, strict=True)]
     result = []
     for squared_norm in update.squared_norms(experts):
-        direction = torch.randn(*shape, generator=generator)
+        direction = torch.randn(tuple(shape), generator=generator)
         if len(shape) > 1:
             direction += 0.3 * torch.randn(shape[-1], generator=generator)
         result.append(direction * (squared_norm**0.5 / direction.norm()))

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.checkpoints.experts import Update, expert_parameters, updates_for
-from tests.checkpoints.families import FAMILIES, Family
+from tests.checkpoints.families import FAMILIES
+from tests.checkpoints.family import Family
 from tests.checkpoints.storage import Storage, read_tensors, save_model
 
 

@@ -27,21 +27,24 @@ class Treatment:
 
 
 # Tables looked up by an index, and heads that score the vocabulary. Where mergekit gives no vocabulary axis (position
-# and token-type tables, mergekit-pytorch, calls from Python) the name is all there is. Whole dotted components only.
-_TABLES = (
-    r"embed_tokens|tok_embeddings|word_embeddings|wte|wpe|embed_in|embed_positions?|position_embeddings?|"
-    r"token_type_embeddings?|embeddings\.weight|shared|relative_attention_bias|embeddings|patch_position_embeddings?"
-)
-_HEADS = r"lm_head|embed_out|output_layer|output_projection_vocabulary"
-_VOCABULARY_NAME = re.compile(rf"(?:^|\.)(?:{_TABLES}|{_HEADS})(?:\.(?:weight|decoder\.weight))?$")
+# and token-type tables, mergekit-pytorch, calls from Python) the name is all there is: its last component, whole.
+_TABLE = re.compile(r"^(?:.+_)?emb(?:ed(?:ding)?s?)?(?:_.+)?$|^(?:wte|wpe|shared|relative_attention_bias|lm_head)$")
+_NOT_A_TABLE = re.compile(r"_(?:proj|project|projection|norm|ln)$")
+_HEAD = re.compile(r"^(?:model\.)?(?:output|proj_out)$|(?:^|\.)(?:lm_head|predictions)\.decoder$")
 _STACKED_EXPERTS = re.compile(r"(?:^|[._])experts?(?:[._]|$)")
 _STATE_MATRIX = re.compile(r"(?:^|\.)A_log$")
 _TEXT_PROJECTION = re.compile(r"(?:^|\.)text_projection(?:\.weight)?$")
+# Constants that some checkpoints carry as floating-point tensors; -1e9 in float16 is an infinity that means no harm.
+_BUFFER = re.compile(r"(?:^|\.)(?:masked_bias|inv_freq)$")
 
 
 def is_embedding(name: str, vocabulary_axis: int | None) -> bool:
     """Whether a tensor is an embedding table (token, position, token type) or a head that scores the vocabulary."""
-    return vocabulary_axis is not None or _VOCABULARY_NAME.search(name) is not None
+    if vocabulary_axis is not None:
+        return True
+    owner = name.removesuffix(".weight")
+    last = owner.rpartition(".")[2]
+    return _HEAD.search(owner) is not None or (_TABLE.match(last) is not None and _NOT_A_TABLE.search(last) is None)
 
 
 def treatment(
@@ -61,6 +64,8 @@ def treatment(
         embeddings: the recipe's choice for embedding tables and output heads.
         matrices: the recipe's choice for all other matrices, stacked ones too.
     """
+    if _BUFFER.search(name):
+        return Treatment(kind="base", reason="a buffer, not a weight")
     if len(shape) >= 2 and is_embedding(name, vocabulary_axis) and embeddings != "method":
         return Treatment(kind=embeddings, reason=f"embedding table or output head (embeddings: {embeddings})")
     if _TEXT_PROJECTION.search(name):

@@ -33,7 +33,8 @@ def iso_cts(
     """Common and task-specific directions, flattened to their mean singular value, `[m, n]`.
 
     `k = floor(common_fraction * r)` triples of the sum, then `floor((r - k) / T)` of each `(I - U_k U_k^T) D_t`;
-    the stacked left and right factors are replaced by their polar factors, all values by the mean of the kept ones.
+    at least one direction in all. The stacked left and right factors are replaced by their polar factors, all values by
+    the mean of the kept ones.
     """
     D, a = participants(task_vectors, weights, dtype)
     if not D:
@@ -44,6 +45,8 @@ def iso_cts(
     r = min(total.shape)
     common = math.floor(common_fraction * r)
     specific = (r - common) // len(D)
+    if common == specific == 0:
+        common = 1
     U, s, Vh = truncated(total, common)
     parts = [(U, s, Vh)] + [truncated(a_t * (d - U @ (U.T @ d)), specific) for a_t, d in zip(a, D, strict=True)]
     left = torch.cat([u for u, _, _ in parts], dim=1)

@@ -24,6 +24,7 @@ def polar_factor(matrix: Tensor) -> Tensor:
 
 
 def truncated(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The top k singular triples: `U [m, k]`, `s [k]`, `Vh [k, n]`."""
+    """The top k singular triples: `U [m, k]`, `s [k]`, `Vh [k, n]`; zeros in the place of vanishing directions."""
     U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    return U[:, :k], s[:k], Vh[:k]
+    known = (s > RELATIVE_RANK[matrix.dtype] * s[0]).to(matrix.dtype)
+    return (U * known)[:, :k], (s * known)[:k], (Vh * known[:, None])[:k]

@@ -1,0 +1,44 @@
+"""One environment with an ordinary install, for the tests that do not change it."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.packaging.environments import ROOT, Environment, ForkServer
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        folder,
+        ROOT,
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    (file,) = folder.glob("mergekit_ace-*.whl")
+    return file
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    environment = Environment.create(tmp_path_factory.mktemp("environment"))
+    environment.install(wheel)
+    return environment
+
+
+@pytest.fixture(scope="session")
+def forks(installed: Environment) -> Iterator[ForkServer]:
+    server = ForkServer(installed)
+    yield server
+    server.close()

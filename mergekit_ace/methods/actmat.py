@@ -14,7 +14,7 @@ from mergekit_ace.methods.parameters import RIDGE
 
 
 class Actmat(LayerwiseMethod):
-    """ACTMat: RegMean's solve, with each expert's uncentered `D_t^T D_t` in place of its input covariance.
+    """ACTMat: RegMean's solve, with `D_t^T D_t` of each task vector in place of the expert's input covariance.
 
     `(sum_t a_t D_t Sbar_t) (sum_t a_t Sbar_t)^-1` with `Sbar_t` the regularized `D_t^T D_t`; `weight` is `a_t`.
 

@@ -15,14 +15,13 @@ from mergekit.merge_methods.base import (
     GroupMergeMethod,
     InputContract,
     MergeMethodSpec,
-    ParameterSpec,
     TensorGroup,
 )
 from torch import Tensor
 
 from mergekit_ace.layer.merge import LayerMerge
 from mergekit_ace.layer.task_vectors import Expert, TaskVectors, mean_task_vector
-from mergekit_ace.methods.parameters import INPUT_AXIS, LAMBDA, WEIGHT, embeddings_parameter, matrices_parameter
+from mergekit_ace.methods.parameters import LAMBDA, RecipeParameter, common_parameters
 from mergekit_ace.policy import Choice, Treatment, treatment
 
 LOG = logging.getLogger("mergekit_ace")
@@ -32,36 +31,35 @@ class LayerwiseMethod(GroupMergeMethod):
     """A merge method that treats every matrix by itself and averages what is not a matrix.
 
     A subclass says how one matrix is merged (`merge_matrix`) and what it may be told (`own_parameters`). Embedding
-    tables, vectors, stacked experts, weights, scale, precision and errors are the same for all.
+    tables, vectors, stacked experts, weights, scale, precision and errors are the same for all. So is a matrix that one
+    expert alone changed: it becomes that expert's, and `merge_matrix` is not asked.
     """
 
     name: str
     pretty_name: str
     reference_url: str
-    own_parameters: tuple[ParameterSpec, ...] = ()
-    lambda_parameter: ParameterSpec = LAMBDA
+    own_parameters: tuple[RecipeParameter, ...] = ()
+    lambda_parameter: RecipeParameter = LAMBDA
 
     def __init__(self) -> None:
         self.spec = MergeMethodSpec(
             name=self.name,
             pretty_name=self.pretty_name,
             reference_url=self.reference_url,
-            parameters=(
-                *self.own_parameters,
-                WEIGHT,
-                LAMBDA,
-                matrices_parameter(self.name),
-                embeddings_parameter(self.name),
-                INPUT_AXIS,
-            ),
+            parameters=self.parameters,
             contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
         )
+
+    @property
+    def parameters(self) -> tuple[RecipeParameter, ...]:
+        """All that a recipe may set."""
+        return (*self.own_parameters, *common_parameters(self.name, scale=self.lambda_parameter))
 
     @abstractmethod
     def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> LayerMerge:
         """Merge the task vectors of one `[m, n]` weight, inputs last; `parameters` holds `own_parameters` by name.
 
-        At least two experts; `scale` is applied to the result.
+        Asked for two experts or more; `scale` is applied to the result.
         """
 
     def scale(self, parameters: Mapping[str, Any]) -> float:
@@ -144,13 +142,7 @@ class LayerwiseMethod(GroupMergeMethod):
         if len(task_vectors) == 0:
             merged, notes = base.clone(), "no expert changed it"
         elif len(task_vectors) == 1:
-            # base + (expert - base) rounds twice in float32; the expert's own bits are the exact result.
-            unscaled = self.scale(parameters) == 1
-            merged = (
-                task_vectors.experts[0].tensor.clone()
-                if unscaled
-                else _apply(base, task_vectors.task_vector(0), self.scale(parameters))
-            )
+            merged = _sole(base, task_vectors, self.scale(parameters))
             notes = f"only {task_vectors.experts[0].name} changed it"
         else:
             layer = self.merge_matrix(task_vectors, parameters)
@@ -161,6 +153,13 @@ class LayerwiseMethod(GroupMergeMethod):
 def _apply(base: Tensor, task_vector: Tensor, scale: float) -> Tensor:
     """`base + scale * task_vector`, added in the working dtype, rounded once to the base's; consumes `task_vector`."""
     return task_vector.mul_(scale).add_(base).to(base.dtype)
+
+
+def _sole(base: Tensor, task_vectors: TaskVectors, scale: float) -> Tensor:
+    """`base + scale * D_1`. With a scale of 1 the expert's own bits: `base + (expert - base)` would round twice."""
+    if scale == 1:
+        return task_vectors.experts[0].tensor.clone()
+    return _apply(base, task_vectors.task_vector(0), scale)
 
 
 def _out_of_memory(name: str, base: Tensor) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
@@ -17,6 +18,13 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 
 
+@dataclass(frozen=True)
+class RecipeParameter(ParameterSpec):
+    """mergekit's parameter, and what its value must be, in words."""
+
+    requirement: str = ""
+
+
 def parameter(
     name: str,
     value_type: Any,
@@ -25,7 +33,7 @@ def parameter(
     requirement: str,
     description: str,
     scope: ParameterScope = ParameterScope.SHARED,
-) -> ParameterSpec:
+) -> RecipeParameter:
     """A recipe parameter whose errors name it and what it must be; mergekit's own name neither.
 
     Args:
@@ -37,7 +45,7 @@ def parameter(
         scope: shared by all inputs, or given per expert.
     """
     checked = Annotated[value_type, WrapValidator(_naming(name, requirement))]
-    return ParameterSpec(name, checked, scope, default=default, description=description)
+    return RecipeParameter(name, checked, scope, default=default, description=description, requirement=requirement)
 
 
 def _naming(name: str, requirement: str) -> Callable[[Any, ValidatorFunctionWrapHandler], Any]:
@@ -85,7 +93,7 @@ INPUT_AXIS = parameter(
 )
 
 
-def matrices_parameter(method: str) -> ParameterSpec:
+def matrices_parameter(method: str) -> RecipeParameter:
     """`matrices`, by filter a way to confine the method to some layers."""
     return parameter(
         "matrices",
@@ -96,7 +104,7 @@ def matrices_parameter(method: str) -> ParameterSpec:
     )
 
 
-def embeddings_parameter(method: str) -> ParameterSpec:
+def embeddings_parameter(method: str) -> RecipeParameter:
     """`embeddings`, whose third choice is the method itself."""
     return parameter(
         "embeddings",
@@ -105,3 +113,13 @@ def embeddings_parameter(method: str) -> ParameterSpec:
         requirement=f"'average', 'base' or '{method}'",
         description="treatment of token, position and token-type tables and of the output head",
     )
+
+
+def common_parameters(method: str, *, scale: RecipeParameter = LAMBDA) -> tuple[RecipeParameter, ...]:
+    """What every method of this package may be told.
+
+    Args:
+        method: its name, which is also the choice of the method itself for `matrices` and `embeddings`.
+        scale: its `lambda`.
+    """
+    return (WEIGHT, scale, matrices_parameter(method), embeddings_parameter(method), INPUT_AXIS)

@@ -15,7 +15,9 @@ from mergekit_ace.methods.parameters import RIDGE, Count, Positive, parameter
 
 
 class Wudi(LayerwiseMethod):
-    """WUDI-Merging: the least interference `sum_t a_t ||(X - D_t) D_t^T||_F^2 / ||D_t||_F^2`; `weight` is `a_t`.
+    """WUDI-Merging: least interference with every expert, relative to the size of its update.
+
+    The objective is `sum_t a_t ||(X - D_t) D_t^T||_F^2 / ||D_t||_F^2`; `weight` is `a_t`.
 
     `closed_form` solves for the minimizer, with a ridge. `adam` is the published program: it starts from
     `sum_t a_t D_t` and stops early, so its result lies between that sum and the minimizer, depending on the size of

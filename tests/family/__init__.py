@@ -1,0 +1,1 @@
+"""The methods: what holds for every one of them, and each against its formula."""

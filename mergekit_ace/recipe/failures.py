@@ -1,0 +1,20 @@
+"""Why a recipe cannot be planned, in words for a person."""
+
+from __future__ import annotations
+
+from safetensors import SafetensorError
+
+# What reading one damaged, truncated or incomplete checkpoint may raise, by way of mergekit, safetensors and torch.
+READING = (ValueError, RuntimeError, KeyError, OSError, EOFError, SafetensorError)
+
+
+class RecipeError(Exception):
+    """A recipe that mergekit cannot read or plan."""
+
+
+def message_of(error: BaseException) -> str:
+    """The error's own words; its type too where those alone say little (a bare key, a library's code)."""
+    words = str(error).strip()
+    if isinstance(error, KeyError | SafetensorError | EOFError) or not words:
+        return f"{type(error).__name__}: {words}".rstrip(": ")
+    return words

@@ -1,0 +1,252 @@
+"""A recipe as mergekit plans it: every output tensor with its inputs and resolved parameters.
+
+mergekit's own planner decides what becomes of slices, filters, gradients, tokenizers and adapters, so that what is
+reported is what will be merged. This is the only module that depends on mergekit's internals for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from mergekit.architecture import get_architecture_info
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.graph import Task
+from mergekit.io.tasks import LoaderCache, LoadTensor, SaveTensor
+from mergekit.merge import _model_out_config
+from mergekit.merge_methods import MergeMethod
+from mergekit.merge_methods.base import ParameterScope, PerInputValues, TensorEntry, TensorGroup, TensorMetadata
+from mergekit.merge_methods.dtype import align_dtype
+from mergekit.merge_methods.registry import get as method_named
+from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+from mergekit.tokenizer import BuildTokenizer
+
+from mergekit_ace.recipe.failures import RecipeError, message_of
+from mergekit_ace.recipe.headers import TensorHeader, read_headers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A recipe as it stands in its file."""
+
+    name: str
+    """How messages call it."""
+    document: Mapping[str, Any]
+    """The YAML, as parsed."""
+    config: MergeConfiguration
+    """What mergekit understands of it."""
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        RecipeError: it cannot be read, is not YAML, or mergekit does not accept it.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path} must be a YAML file; {message_of(error)}") from error
+    if not isinstance(document, Mapping):
+        raise RecipeError(f"{path} must hold a mapping with merge_method and models; got {type(document).__name__}")
+    try:
+        config = MergeConfiguration.model_validate(document)
+    except (ValueError, RuntimeError) as error:
+        raise RecipeError(f"{path}: mergekit does not accept this recipe; {message_of(error)}") from error
+    return Recipe(name=str(path), document=document, config=config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a merge method receives for one tensor."""
+
+    group: TensorGroup
+    """Base and experts, in recipe order, in their common dtype, on the device of the merge."""
+    parameters: Mapping[str, Any]
+    """Shared values by name; per-input parameters as a mapping from model to value."""
+
+    @property
+    def is_buffer(self) -> bool:
+        """Not floating point: mergekit copies it and no method sees it."""
+        return not all(entry.tensor.is_floating_point() for entry in self.group.entries)
+
+
+class PlannedTensor:
+    """One tensor of the merged model."""
+
+    def __init__(self, task: ExecuteMergeMethodTask, plan: Plan) -> None:
+        self._task = task
+        self._plan = plan
+        self.name: str = task.output_weight.name
+        self.vocabulary_axis: int | None = task.output_weight.vocabulary_axis
+        self.optional: bool = task.output_weight.optional
+        self.base: ModelReference | None = task.base_model
+        self.experts: tuple[ModelReference, ...] = tuple(model for model in task.model_order if model != self.base)
+        self.shared_parameters: Mapping[str, Any] = dict(task.parameters.items())
+
+    @cached_property
+    def _sources(self) -> Mapping[ModelReference, LoadTensor]:
+        return {task.model: task for task in _descendants(self._task.gather_tensors) if isinstance(task, LoadTensor)}
+
+    def input_name(self, model: ModelReference) -> str:
+        """The tensor's name in a model: another layer's when slices are stacked."""
+        return self._sources[model].tensor
+
+    def header(self, model: ModelReference) -> TensorHeader | None:
+        """Shape and dtype on disk; None when the model does not have the tensor under any of its names.
+
+        Raises:
+            OSError, RuntimeError: as `read_headers`.
+        """
+        source = self._sources[model]
+        headers = self._plan.headers(model)
+        names = (source.tensor, *(source.aliases or ()), *(source.tied_names or ()))
+        return next((headers[name] for name in names if name in headers), None)
+
+    def is_converted(self, model: ModelReference) -> bool:
+        """Whether mergekit makes the tensor from others when it reads the checkpoint, so no header knows it."""
+        names = set(self._plan.headers(model))
+        return bool(can_convert_checkpoint_keys(self._plan.model_type(model), names, self.input_name(model)))
+
+    def read(self, model: ModelReference) -> torch.Tensor | None:
+        """One model's tensor as stored, before any tokenizer's permutation; None if optional and absent."""
+        tensor: torch.Tensor | None = self._sources[model].execute()
+        return tensor
+
+    def load(self) -> Inputs | None:
+        """Read base and experts, and align vocabularies and dtypes as mergekit does for the merge.
+
+        Returns:
+            None for an optional tensor that no model has.
+
+        Raises:
+            ValueError, RuntimeError, KeyError, OSError, SafetensorError: whatever stops mergekit at this tensor.
+        """
+        tensors = self._plan.evaluate(self._task.gather_tensors)
+        entries = tuple(
+            TensorEntry(id=model, tensor=tensors[model].to(self._plan.device), is_base=model == self.base)
+            for model in self._task.model_order
+            if tensors.get(model) is not None
+        )
+        if not entries:
+            return None
+        group = TensorGroup(entries=entries, metadata=TensorMetadata.from_weight_info(self._task.output_weight))
+        method = self._plan.method
+        method.validate_inputs([entry.id for entry in entries], self.base, group_name=self.name)
+        group.validate_tensors()
+        parameters = dict(self.shared_parameters)
+        for parameter in method.spec.input_parameters:
+            voters = entries if parameter.scope == ParameterScope.INPUT else group.non_base
+            present = {entry.id for entry in voters}
+            values = [(m, self._task.input_parameters[m][parameter.name]) for m in tensors if m in present]
+            parameters[parameter.name] = PerInputValues(values)
+        inputs = Inputs(group=group, parameters=parameters)
+        return inputs if inputs.is_buffer else Inputs(group=align_dtype(group), parameters=parameters)
+
+
+class Plan:
+    """All tensors of a merge, in the order of the model: embeddings, layers, head."""
+
+    def __init__(self, recipe: Recipe, options: MergeOptions, loaders: LoaderCache) -> None:
+        config = recipe.config.model_copy(deep=True)  # the planner rewrites what it is given
+        self.recipe = recipe
+        self.options = options
+        self.method: MergeMethod = method_named(config.merge_method)
+        self.device = torch.device(options.device or "cpu")
+        self.base: ModelReference | None = config.base_model
+        self.models: Sequence[ModelReference] = _in_recipe_order(config)
+        self._loaders = loaders
+        self._headers: dict[ModelReference, Mapping[str, TensorHeader]] = {}
+        self._tokenizers: dict[BuildTokenizer, Any] = {}
+        architecture = get_architecture_info(config, options)
+        planner = MergePlanner(
+            config,
+            architecture,
+            options=options,
+            out_model_config=_model_out_config(config, architecture, trust_remote_code=options.trust_remote_code),
+        )
+        # Nothing is written: the tasks that would write are not run. (`plan_in_memory` fails on a type of its own.)
+        saves = [task for task in planner.plan_to_disk(out_path="") if isinstance(task, SaveTensor)]
+        self.tensors = tuple(PlannedTensor(cast(ExecuteMergeMethodTask, save.tensor_task), self) for save in saves)
+
+    @property
+    def experts(self) -> Sequence[ModelReference]:
+        """Every model but the base."""
+        return [model for model in self.models if model != self.base]
+
+    def headers(self, model: ModelReference) -> Mapping[str, TensorHeader]:
+        """A checkpoint's headers, read once."""
+        if model not in self._headers:
+            self._headers[model] = read_headers(self._loaders.get(model).index)
+        return self._headers[model]
+
+    def model_type(self, model: ModelReference) -> str:
+        """`model_type` of a model's configuration."""
+        return str(model.config(trust_remote_code=self.options.trust_remote_code).model_type)
+
+    def evaluate(self, task: Task[Any]) -> Any:
+        """Run a task and what it needs. Nothing is kept but the tokenizer, which is the same for every tensor."""
+        if task in self._tokenizers:
+            return self._tokenizers[task]
+        value = task.execute(**{name: self.evaluate(needed) for name, needed in task.arguments().items()})
+        if isinstance(task, BuildTokenizer):
+            self._tokenizers[task] = value
+        return value
+
+
+@contextmanager
+def planned(recipe: Recipe, options: MergeOptions, *, adapters_unmerged: bool = False) -> Iterator[Plan]:
+    """Plan a recipe; its files are open until the end of the `with` block.
+
+    Args:
+        recipe: what to plan.
+        options: of `mergekit-yaml`.
+        adapters_unmerged: let each LoRA expert stand for its base model, so that nothing is merged or written: enough
+            for names and shapes.
+
+    Raises:
+        RecipeError: when mergekit cannot plan it.
+    """
+    loaders = LoaderCache()
+    loaders.setup(options=options)
+    # The class's dictionary is shared by the whole process and keeps every file open; this one is ours.
+    loaders.loaders = {}
+    try:
+        try:
+            for model in recipe.config.referenced_models():
+                if model.lora is not None and adapters_unmerged:
+                    plain = ModelReference(model=model.model)
+                    loaders.loaders[model] = plain.lazy_loader(options.transformers_cache, options.lazy_unpickle)
+                loaders.get(model)
+            plan = Plan(recipe, options, loaders)
+        except Exception as error:  # mergekit, transformers, safetensors and torch each raise their own
+            raise RecipeError(f"{recipe.name}: mergekit cannot plan this merge; {message_of(error)}") from error
+        yield plan
+    finally:
+        del loaders.loaders
+
+
+def _descendants(task: Task[Any]) -> Iterator[Task[Any]]:
+    for needed in task.arguments().values():
+        yield needed
+        yield from _descendants(needed)
+
+
+def _in_recipe_order(config: MergeConfiguration) -> list[ModelReference]:
+    """`referenced_models` is a set; people list their experts in an order."""
+    modules = [*(config.modules or {}).values()]
+    slices = [*(config.slices or []), *(part for module in modules for part in module.slices or [])]
+    listed = [*(config.models or []), *(entry for module in modules for entry in module.models or [])]
+    named = [entry.model for entry in listed] + [source.model for part in slices for source in part.sources]
+    bases = [config.base_model] if config.base_model else []
+    return list(dict.fromkeys([*bases, *named]))

@@ -1,0 +1,143 @@
+"""The numbers of one matrix layer: from its task vectors, and from the merge itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from mergekit_ace.layer.heterogeneity import heterogeneity
+from mergekit_ace.layer.merge import LayerMerge
+from mergekit_ace.layer.options import CovarianceOptions
+from mergekit_ace.layer.ridge import Regularized, fixed_ridge, relative_ridge
+from mergekit_ace.layer.task_vectors import Expert, TaskVectors
+from mergekit_ace.report.interference import losses
+from mergekit_ace.report.model import Branch, ExpertReport, Gate, LeftOut, Merged
+from mergekit_ace.report.spectrum import effective_rank, singular_values, thinned, top_energy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """The measured fields of a `LayerReport`, under the same names."""
+
+    branch: Branch
+    experts: tuple[ExpertReport, ...]
+    heterogeneity: float | None = None
+    heterogeneity_scale_free: float | None = None
+    gate: Gate | None = None
+    ridge: float | None = None
+    condition: float | None = None
+    refined_directions: int | None = None
+    merged: Merged | None = None
+
+
+def measure_norms(task_vectors: TaskVectors, options: CovarianceOptions | None) -> Measured:
+    """What norms and traces say: one pass over the task vectors, which `TaskVectors` has made already.
+
+    Args:
+        task_vectors: of one matrix.
+        options: of ACE; None for a method without a gate.
+    """
+    traces = [measured.centered_energy for measured in task_vectors.statistics]
+    experts = expert_reports(task_vectors, traces)
+    if len(task_vectors) < 2:
+        return Measured(branch="single expert" if len(task_vectors) else "frozen", experts=experts)
+    published = heterogeneity(task_vectors.energies, "published")
+    scale_free = heterogeneity(task_vectors.energies, "scale_free")
+    measured = Measured(branch="method", experts=experts, heterogeneity=published, heterogeneity_scale_free=scale_free)
+    if options is None:
+        return measured
+    gate = Gate(statistic=options.heterogeneity, threshold=options.heterogeneity_threshold)
+    heterogeneous = options.is_heterogeneous({"published": published, "scale_free": scale_free}[gate.statistic])
+    measured = replace(measured, branch="heterogeneous" if heterogeneous else "homogeneous", gate=gate)
+    if options.epsilon == "auto":  # needs the second moments themselves
+        return measured
+    proxies = [fixed_ridge(options.epsilon, trace=trace, normalize=heterogeneous) for trace in traces if trace > 0]
+    shares = [share for share, trace in zip(task_vectors.shares, traces, strict=True) if trace > 0]
+    return with_ridge(measured, proxies, shares, task_vectors) if len(proxies) == len(traces) else measured
+
+
+def measure_merge(measured: Measured, task_vectors: TaskVectors, layer: LayerMerge, scale: float) -> Measured:
+    """Add what takes the solve and the spectra.
+
+    Args:
+        measured: by `measure_norms`.
+        task_vectors: of one matrix, at least one expert.
+        layer: its merge, made within `diagnostics()`.
+        scale: `lambda`.
+    """
+    if layer.regularized:
+        measured = with_ridge(measured, layer.regularized, task_vectors.shares, task_vectors)
+    merged = layer.task_vector * scale
+    experts = []
+    for t, (expert, loss) in enumerate(zip(measured.experts, losses(task_vectors, merged), strict=True)):
+        values = singular_values(task_vectors.task_vector(t))
+        experts.append(
+            replace(
+                expert,
+                effective_rank=effective_rank(values),
+                top_energy=top_energy(values),
+                spectrum=thinned(values),
+                loss=loss,
+            )
+        )
+    return replace(
+        measured,
+        experts=tuple(experts),
+        condition=layer.condition,
+        refined_directions=layer.refinement.directions if layer.refinement else None,
+        merged=_merged(task_vectors, merged, layer, scale),
+    )
+
+
+def with_ridge(
+    measured: Measured, proxies: Sequence[Regularized], shares: Sequence[float], task_vectors: TaskVectors
+) -> Measured:
+    """Add the relative ridge of the system and of each expert's second moment."""
+    n = task_vectors.shape[1]
+    experts = tuple(
+        replace(expert, ridge=relative_ridge([proxy], [1.0], n))
+        for expert, proxy in zip(measured.experts, proxies, strict=True)
+    )
+    return replace(measured, experts=experts, ridge=relative_ridge(proxies, shares, n))
+
+
+def expert_reports(task_vectors: TaskVectors, traces: Sequence[float]) -> tuple[ExpertReport, ...]:
+    """Weight, norm and share of each expert with information."""
+    total = sum(traces)
+    return tuple(
+        ExpertReport(
+            expert=expert.name,
+            weight=expert.weight,
+            norm=statistics.energy**0.5,
+            trace_share=trace / total if total else 0.0,
+        )
+        for expert, statistics, trace in zip(task_vectors.experts, task_vectors.statistics, traces, strict=True)
+    )
+
+
+def left_out(task_vectors: TaskVectors, experts: Sequence[Expert]) -> tuple[LeftOut, ...]:
+    """The experts that have no say, and why."""
+    return tuple(
+        LeftOut(expert=expert.name, reason="weight 0" if expert.weight == 0 else "equal to the base here")
+        for expert in experts
+        if not any(expert is kept for kept in task_vectors.experts)
+    )
+
+
+def _merged(task_vectors: TaskVectors, merged: Tensor, layer: LayerMerge, scale: float) -> Merged:
+    values = singular_values(merged)
+    before = None
+    if layer.refinement is not None:
+        before = singular_values(merged - scale * layer.refinement.update)
+    norm = float(values.square().sum().sqrt())
+    mean_square = sum(task_vectors.energies) / len(task_vectors)
+    return Merged(
+        norm=norm,
+        relative_norm=norm / mean_square**0.5,
+        top_energy=top_energy(values),
+        top_energy_before=None if before is None else top_energy(before),
+        spectrum=thinned(values),
+        spectrum_before=None if before is None else thinned(before),
+    )

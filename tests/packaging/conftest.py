@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.environments import ROOT, Environment, ForkServer
+from tests.forks import ForkServer
+from tests.packaging.environments import ROOT, Environment, clean
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +40,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environm
 
 @pytest.fixture(scope="session")
 def forks(installed: Environment) -> Iterator[ForkServer]:
-    server = ForkServer(installed)
+    """Processes that have imported all that mergekit imports, but not mergekit."""
+    imports = "import accelerate, click, datasets, networkx, peft, pydantic, scipy, torch, transformers"
+    server = ForkServer(installed.python, imports, installed.folder, clean({}))
     yield server
     server.close()

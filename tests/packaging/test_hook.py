@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.environments import Environment, ForkServer
+from tests.forks import ForkServer
+from tests.packaging.environments import Environment
 
 FINDERS = "import sys; print([type(finder).__name__ for finder in sys.meta_path])"
 

@@ -1,0 +1,194 @@
+"""`mergekit-ace merge`: what mergekit-yaml writes, all or nothing."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from mergekit.merge_methods import registry
+from safetensors.torch import load_file, save_file
+
+from mergekit_ace.output import engine
+from tests.checkpoints import Suite, make_suite
+from tests.cli.conftest import Invoke
+from tests.commands import mergekit_yaml
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("flags", [["--copy-tokenizer"], ["--out-shard-size", "20K", "--no-write-model-card"]], ids=str)
+def test_output_is_what_mergekit_yaml_writes(flags: list[str], recipe: Path, tmp_path: Path, invoke: Invoke) -> None:
+    (tmp_path / "theirs").mkdir()
+    theirs = mergekit_yaml(recipe.read_text(), tmp_path / "theirs" / "out", "--quiet", *flags)
+    result = invoke(
+        "merge",
+        recipe,
+        tmp_path / "ours" / "out",
+        "--quiet",
+        *([] if flags[0] == "--copy-tokenizer" else ["--no-copy-tokenizer"]),
+        *flags,
+    )
+    assert result.exit_code == 0, result.output
+    assert files(tmp_path / "ours" / "out") == files(theirs)
+    assert [path.name for path in (tmp_path / "ours").iterdir()] == ["out"]
+
+
+def test_methods_are_registered_without_the_hook(
+    recipe: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_METHODS", {"linear": registry.get("linear")})
+    result = invoke("merge", recipe, tmp_path / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("out_dtype", [None, "bfloat16"])
+@pytest.mark.parametrize(
+    ("family", "storage"), [("llama-tied", "sharded pickle"), ("mixtral", "safetensors"), ("gpt2", "pickle")]
+)
+def test_the_plan_knows_the_size_of_the_output(
+    family: str, storage: str, out_dtype: str | None, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = make_suite(family, tmp_path, experts=1, storage=storage)  # type: ignore[arg-type]
+    recipe = tmp_path / "recipe.yml"
+    document = {
+        "merge_method": "ace",
+        "base_model": str(suite.base.path),
+        "models": [{"model": str(suite.experts[0].path)}],
+    }
+    recipe.write_text(yaml.safe_dump(document | ({"out_dtype": out_dtype} if out_dtype else {})))
+    sizes: dict[str, int] = {}
+    run = engine.run
+
+    def observed(recipe: str, out: Path, options: object, choose: engine.Choice) -> None:
+        run(recipe, out, options, lambda tensors: sizes.update({t.name: t.nbytes for t in tensors}) or choose(tensors))  # type: ignore[func-returns-value,arg-type]
+
+    monkeypatch.setattr(engine, "run", observed)
+    result = invoke("merge", recipe, tmp_path / "out", "--quiet", "--no-copy-tokenizer")
+    assert result.exit_code == 0, result.output
+    assert sizes == {name: tensor.nbytes for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items()}
+
+
+def test_a_folder_that_is_taken_is_replaced_only_with_overwrite(recipe: Path, tmp_path: Path, invoke: Invoke) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("old")
+    result = invoke("merge", recipe, out, "--quiet")
+    assert result.exit_code == 1
+    assert "Pass --overwrite" in result.stderr
+    assert files(out) == {"config.json": b"old"}
+    result = invoke("merge", recipe, out, "--quiet", "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert "model.safetensors" in files(out)
+
+
+def test_inputs_are_never_overwritten(tmp_path: Path, invoke: Invoke) -> None:
+    suite = make_suite("llama", tmp_path / "models", experts=1)
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "merge_method": "ace",
+                "base_model": str(suite.base.path),
+                "models": [{"model": str(suite.experts[0].path)}],
+            }
+        )
+    )
+    before = files(tmp_path)
+    for out in (suite.base.path, suite.experts[0].path, tmp_path / "models", tmp_path):
+        result = invoke("merge", recipe, out, "--quiet", "--overwrite")
+        assert result.exit_code == 1
+        assert "output folder must not hold what the merge reads" in result.stderr
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_merge_that_fails_leaves_what_was_there(old: str | None, tmp_path: Path, invoke: Invoke) -> None:
+    suite = make_suite("llama", tmp_path / "models", experts=2)
+    broken = suite.experts[1].path / "model.safetensors"
+    tensors = load_file(broken)
+    name = "model.layers.2.mlp.up_proj.weight"
+    tensors[name][1, 2] = torch.nan
+    save_file(tensors, broken, metadata={"format": "pt"})
+    recipe, out = tmp_path / "recipe.yml", tmp_path / "out"
+    models = [{"model": str(expert.path)} for expert in suite.experts]
+    recipe.write_text(yaml.safe_dump({"merge_method": "ace", "base_model": str(suite.base.path), "models": models}))
+    if old:
+        out.mkdir()
+        (out / "config.json").write_text(old)
+    before = files(tmp_path)
+    result = invoke("merge", recipe, out, "--quiet", "--overwrite", "--out-shard-size", "20K")
+    assert result.exit_code == 1
+    assert name in result.stderr
+    assert "expert1" in result.stderr
+    assert "Traceback" not in result.output
+    assert files(tmp_path) == before
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_disk_is_looked_at_before_the_merge(
+    recipe: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    result = invoke("merge", recipe, tmp_path / "out", "--quiet")
+    assert result.exit_code == 1
+    assert "free disk space must hold the output, about" in result.stderr
+    assert "got 1 kB at" in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert invoke("merge", recipe, tmp_path / "out", "--quiet", "--no-check-space").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("merge_method: [", "while parsing a flow"),
+        ("- a\n- b\n", "MergeConfiguration must be valid; got"),
+        ("merge_method: ace\nmodels:\n  - {base}\n", "models.0: "),
+        ("merge_method: nothing\nmodels:\n  - model: {base}\n", "Unimplemented merge method nothing"),
+        ("merge_method: ace\nmodels:\n  - model: {base}\n", "base"),
+    ],
+)
+def test_a_recipe_that_is_none_is_one_message(
+    text: str, message: str, suite: Suite, tmp_path: Path, invoke: Invoke
+) -> None:
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(text.format(base=suite.base.path))
+    result = invoke("merge", recipe, tmp_path / "out", "--quiet")
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yml"]
+
+
+def test_verbose_shows_the_traceback(tmp_path: Path, invoke: Invoke) -> None:
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text("merge_method: [")
+    result = invoke("merge", recipe, tmp_path / "out", "-v")
+    assert isinstance(result.exception, yaml.YAMLError)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--part", "3/2"], ["--part", "one"], ["--nothing"], ["--part", "1/2", "--no-safe-serialization"], ["more"]],
+)
+def test_a_wrong_command_line_is_a_usage_error(
+    arguments: list[str], recipe: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    result = invoke("merge", recipe, tmp_path / "out", *arguments)
+    assert result.exit_code == 2
+    assert "Usage:" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_is_not_there_is_a_usage_error(tmp_path: Path, invoke: Invoke) -> None:
+    assert invoke("merge", tmp_path / "nothing.yml", tmp_path / "out").exit_code == 2
+
+
+def test_help_lists_mergekits_own_options(invoke: Invoke) -> None:
+    result = invoke("merge", "--help")
+    assert result.exit_code == 0
+    for option in ("--overwrite", "--only-tensors", "--lora-merge-cache", "--multi-gpu", "--async-write", "-j"):
+        assert option in result.output

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -58,13 +60,15 @@ def merge_isotropic_subspaces(task_vectors: TaskVectors, *, common_fraction: flo
     specific = (r - common) // len(task_vectors)
     if common == specific == 0:
         common = 1
-    shared = singular_triples(task_vectors.sum(), common)
+    # Experts that cancel in the sum, or lie within the common space, leave rounding behind: those are no directions.
+    norms = [share * math.sqrt(e) for share, e in zip(task_vectors.shares, task_vectors.energies, strict=True)]
+    shared = singular_triples(task_vectors.sum(), common, scale=sum(norms))
     values, right = [shared.singular_values], [shared.right]
     own_left = []
     for t, share in enumerate(task_vectors.shares if specific else ()):
         update = task_vectors.task_vector(t).mul_(share)
         update.addmm_(shared.left, shared.left.mT @ update, alpha=-1)
-        own = singular_triples(update, specific)
+        own = singular_triples(update, specific, scale=norms[t])
         own_left.append(own.left)
         values.append(own.singular_values)
         right.append(own.right)

@@ -81,7 +81,9 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
     solution = solve(task_vectors, options, normalize=normalize, with_residual=refine)
     merged, refinement = solution.weight, None
     if solution.residual is not None:
-        refinement = spectral_refinement(solution.residual.add_(merged), options.spectral_fraction)
+        refinement = spectral_refinement(
+            solution.residual.add_(merged), options.spectral_fraction, column_basis=solution.column_basis
+        )
         if refinement is not None:
             merged = merged.add_(refinement.update)
     return LayerMerge(

@@ -19,7 +19,7 @@ class Refinement:
     """`[m, n]`."""
 
 
-def spectral_refinement(structure: Tensor, fraction: float) -> Refinement | None:
+def spectral_refinement(structure: Tensor, fraction: float, *, column_basis: Tensor | None = None) -> Refinement | None:
     """`mean(s_1..s_k) U_k V_k^T` of `F = R + W0`, with `k = floor(fraction * min(m, n))`; None when `k = 0`.
 
     Source: ACE, arXiv:2603.02945, Eqs. 17-19.
@@ -27,10 +27,15 @@ def spectral_refinement(structure: Tensor, fraction: float) -> Refinement | None
     Args:
         structure: `F`, `[m, n]`, float32 or float64.
         fraction: share of directions, in `[0, 1]`.
+        column_basis: `Q`, `[m, p]`, orthonormal, with `F = Q Q^T F` where that is known: the singular vectors are then
+            found in `p` dimensions, and the directions beyond them have singular value zero.
     """
     k = int(fraction * min(structure.shape))
     if k == 0:
         return None
-    top = dominant_subspace(structure, k)
-    level = float(top.singular_values.mean())
-    return Refinement(directions=k, level=level, update=top.partial_isometry.mul_(level))
+    if column_basis is not None:
+        structure = column_basis.mT @ structure
+    top = dominant_subspace(structure, min(k, min(structure.shape)))
+    level = float(top.singular_values.sum()) / k
+    update = top.partial_isometry if column_basis is None else column_basis @ top.partial_isometry
+    return Refinement(directions=k, level=level, update=update.mul_(level))

@@ -20,9 +20,17 @@ def condition_number(factor: Tensor, *, steps: int = _STEPS) -> float:
         factor: lower Cholesky factor `L`, `[n, n]`, as of `cholesky_factor`.
         steps: of each iteration.
     """
-    largest = _largest_eigenvalue(lambda x: factor @ (factor.mT @ x), factor, steps)
-    inverse = _largest_eigenvalue(lambda x: _solve(factor, x), factor, steps)
-    return largest * inverse
+    return largest_eigenvalue(factor, steps=steps) * _largest_ritz_value(lambda x: _solve(factor, x), factor, steps)
+
+
+def largest_eigenvalue(factor: Tensor, *, steps: int = _STEPS) -> float:
+    """Estimate `lambda_max` of `L L^T` by Lanczos iterations, `O(n^2)` each; never too large.
+
+    Args:
+        factor: lower Cholesky factor `L`, `[n, n]`.
+        steps: how many.
+    """
+    return _largest_ritz_value(lambda x: factor @ (factor.mT @ x), factor, steps)
 
 
 def _solve(factor: Tensor, x: Tensor) -> Tensor:
@@ -31,7 +39,7 @@ def _solve(factor: Tensor, x: Tensor) -> Tensor:
     return solved
 
 
-def _largest_eigenvalue(apply: Callable[[Tensor], Tensor], like: Tensor, steps: int) -> float:
+def _largest_ritz_value(apply: Callable[[Tensor], Tensor], like: Tensor, steps: int) -> float:
     n = like.shape[0]
     # A fixed start, so that the same merge reports the same number; random, so that no eigenvector is orthogonal to it.
     vector = torch.randn(n, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)

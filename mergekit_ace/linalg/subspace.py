@@ -36,7 +36,7 @@ class DominantSubspace:
     """`U_k V_k^T`, `[m, n]`, in the dtype of the input; directions beyond the numerical rank are left out."""
 
 
-def singular_triples(matrix: Tensor, k: int) -> SingularTriples:
+def singular_triples(matrix: Tensor, k: int, *, scale: float = 0.0) -> SingularTriples:
     """Top `k` singular triples of `matrix`, the vectors in its dtype.
 
     float32: with `M = F F^T` (the smaller Gram side) and `M U = U diag(s^2)`, `V = F^T U diag(1/s)`. `M` and its
@@ -47,8 +47,10 @@ def singular_triples(matrix: Tensor, k: int) -> SingularTriples:
     Args:
         matrix: `[m, n]`, float32 or float64; unchanged.
         k: how many triples, `0 <= k <= min(m, n)`.
+        scale: size of what `matrix` is a difference of, where that may be larger than what is left of it: the numerical
+            rank counts the singular values that stand out of the rounding at this size.
     """
-    triples = _precise_triples(matrix, k)
+    triples = _precise_triples(matrix, k, scale)
     return SingularTriples(
         left=triples.left.to(matrix.dtype),
         singular_values=triples.singular_values,
@@ -78,21 +80,21 @@ def polar_factor(matrix: Tensor) -> Tensor:
     return dominant_subspace(matrix, min(matrix.shape)).partial_isometry
 
 
-def _precise_triples(matrix: Tensor, k: int) -> SingularTriples:
+def _precise_triples(matrix: Tensor, k: int, scale: float = 0.0) -> SingularTriples:
     """The triples in float64 throughout."""
     if matrix.shape[0] > matrix.shape[1]:
-        flipped = _precise_triples(matrix.mT, k)
+        flipped = _precise_triples(matrix.mT, k, scale)
         return SingularTriples(left=flipped.right, singular_values=flipped.singular_values, right=flipped.left)
     tolerance = _RANK_TOLERANCE[matrix.dtype]
     if matrix.dtype == torch.float64:
         left, singular_values, right = torch.linalg.svd(matrix, full_matrices=False)
         left, singular_values, right = left[:, :k], singular_values[:k], right[:k].mT
-        real = singular_values > tolerance * singular_values[:1]
+        real = singular_values > tolerance * singular_values[:1].clamp(min=scale)
         return SingularTriples(left=left * real, singular_values=singular_values * real, right=right * real)
     precise = matrix.double()
     eigenvalues, vectors = torch.linalg.eigh(gram(precise.mT))
     singular_values = eigenvalues.flip(0)[:k].clamp(min=0).sqrt()
-    real = singular_values > tolerance * singular_values[:1]
+    real = singular_values > tolerance * singular_values[:1].clamp(min=scale)
     left = vectors.flip(1)[:, :k] * real
     inverse = torch.where(real, 1.0 / torch.where(real, singular_values, 1.0), 0.0)
     return SingularTriples(left=left, singular_values=singular_values * real, right=(precise.mT @ left) * inverse)

@@ -1,0 +1,67 @@
+"""What solving a layer's normal equations gives, and the two small steps that both routes share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mergekit_ace.layer.options import CovarianceOptions
+from mergekit_ace.layer.ridge import Regularized, fixed_ridge, shrunk_ridge
+from mergekit_ace.layer.task_vectors import TaskVectors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """The preliminary merge of one layer and what its making measured."""
+
+    weight: Tensor
+    """`W0`, `[m, n]`."""
+    residual: Tensor | None
+    """`R = sum_t a_t D_t (S_t - Sm)`, `[m, n]`, when asked for; `Sm` is the mean of the regularized `Sbar_t`."""
+    regularized: tuple[Regularized, ...]
+    """Each expert's scale and ridge."""
+    condition: float | None
+    """Estimated condition number of `sum_t a_t Sbar_t`; None unless `diagnostics` are wanted."""
+    column_basis: Tensor | None = None
+    """`[m, p]`, orthonormal columns that span the columns of `weight` and `residual`; None where nothing is known."""
+
+
+def regularize(
+    task_vectors: TaskVectors, t: int, options: CovarianceOptions, *, normalize: bool, squared: float
+) -> Regularized:
+    """Scale and ridge of expert `t`; `squared` is `||G_t||_F^2`, which the smaller Gram side has too.
+
+    An expert whose rows are all equal has no centered second moment: where that would be divided by its trace, or its
+    ridge taken from it, it is left out.
+    """
+    measured = task_vectors.statistics[t]
+    m, n = task_vectors.shape
+    trace = measured.centered_energy if options.center_second_moment else measured.energy
+    if trace == 0 and (normalize or options.epsilon == "auto"):
+        return Regularized(scale=0.0, ridge=0.0, trace=0.0)
+    if options.epsilon == "auto":
+        samples = m - 1 if options.center_second_moment else m
+        return shrunk_ridge(trace=trace, squared_norm=squared, samples=samples, dimensions=n, normalize=normalize)
+    return fixed_ridge(options.epsilon, trace=trace, normalize=normalize)
+
+
+def add_prior_(unprimed: Tensor, prior_through: Tensor) -> Tensor:
+    """`B (A + 1 c)^-1` from `Z = B A^-1` and `u = c A^-1`: `Z - (Z 1) u / (1 + u 1)`, Sherman-Morrison, in place.
+
+    `u 1` cannot be negative: `A` is the matrix that `c` is the mean row of plus a ridge, so the denominator is >= 1.
+
+    Args:
+        unprimed: `Z`, `[m, n]`.
+        prior_through: `u`, `[n]`.
+    """
+    along = unprimed.sum(dim=1) / (1 + prior_through.sum())
+    return unprimed.addr_(along, prior_through, alpha=-1)
+
+
+def prior_scale(task_vectors: TaskVectors, *, normalize: bool) -> float:
+    """Factor of the mean row of the summed second moments: `1 / mean_t(a_t e_t)` when normalized, else 1."""
+    if not normalize:
+        return 1.0
+    weighted = zip(task_vectors.shares, task_vectors.energies, strict=True)
+    return len(task_vectors) / sum(share * energy for share, energy in weighted)

@@ -1,0 +1,53 @@
+"""Low-rank factors of a matrix, found by a randomized range finder and verified, never assumed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mergekit_ace.linalg.precision import squared_norm
+from mergekit_ace.linalg.symmetric import gram
+
+_OVERSAMPLING = 8
+_SEED = 0
+# A sketch that misses this share of the energy is far from any rounding level: no need to form the residual.
+_CLEARLY_FULL_RANK = 1e-4
+
+
+def orthonormal_factors(matrix: Tensor, *, most: int, tolerance: float) -> tuple[Tensor, Tensor] | None:
+    """`matrix = U Y` with orthonormal columns in `U`, when its numerical rank is at most `most`.
+
+    Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 53(2), 2011, Algorithm 4.1, with a fixed
+    seed, so that the same matrix gives the same factors. The residual is formed and measured: the cost of a wrong guess
+    is one sketch.
+
+    Args:
+        matrix: `[m, n]`; overwritten.
+        most: largest rank that is of use.
+        tolerance: largest `||matrix - U Y||_F` that counts as rounding.
+
+    Returns:
+        `U` `[m, r]` and `Y` `[r, n]`, or None when no `r <= most` reaches the tolerance.
+    """
+    m, n = matrix.shape
+    width = most + _OVERSAMPLING
+    if width >= min(m, n):
+        return None
+    total = squared_norm(matrix)
+    generator = torch.Generator().manual_seed(_SEED)
+    probe = torch.randn((n, width), generator=generator, dtype=matrix.dtype).to(matrix.device)
+    # The sketch loses the directions below its rounding; a second one, of what the first left over, brings them back.
+    basis: Tensor = torch.linalg.qr(matrix @ probe).Q
+    rows = basis.mT @ matrix
+    if total - squared_norm(rows) > _CLEARLY_FULL_RANK * total:
+        return None
+    eigenvalues, vectors = torch.linalg.eigh(gram(rows.mT.double()))
+    kept = eigenvalues.flip(0).clamp(min=0).sqrt() > tolerance / width**0.5
+    rank = int(kept.sum())
+    if rank > most:
+        return None
+    turn = vectors.flip(1)[:, :rank].to(matrix.dtype)
+    basis = basis @ turn
+    rows = turn.mT @ rows
+    residual = matrix.addmm_(basis, rows, alpha=-1)
+    return (basis, rows) if squared_norm(residual) <= tolerance**2 else None

@@ -32,5 +32,17 @@ clean:
 	rm -rf $(VENV)
 
 # --- demo ---
+# make demo     merge four real adapters by ACE and by three other methods, and compare them
+
+.PHONY: demo
+demo: $(VENV)/.demo-installed
+	$(BIN)/python -m demo
+
+# The tests run the demo too.
+test: $(VENV)/.demo-installed
+
+$(VENV)/.demo-installed: $(VENV)/.installed demo/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r demo/requirements.txt
+	touch $@
 
 # --- end of demo ---

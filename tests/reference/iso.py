@@ -47,8 +47,11 @@ def iso_cts(
     specific = (r - common) // len(D)
     if common == specific == 0:
         common = 1
-    U, s, Vh = truncated(total, common)
-    parts = [(U, s, Vh)] + [truncated(a_t * (d - U @ (U.T @ d)), specific) for a_t, d in zip(a, D, strict=True)]
+    norms = [a_t * float(d.norm()) for a_t, d in zip(a, D, strict=True)]
+    U, s, Vh = truncated(total, common, scale=sum(norms))
+    parts = [(U, s, Vh)]
+    for a_t, d, norm in zip(a, D, norms, strict=True):
+        parts.append(truncated(a_t * (d - U @ (U.T @ d)), specific, scale=norm))
     left = torch.cat([u for u, _, _ in parts], dim=1)
     values = torch.cat([s for _, s, _ in parts])
     right = torch.cat([vh.T for _, _, vh in parts], dim=1)

@@ -23,8 +23,11 @@ def polar_factor(matrix: Tensor) -> Tensor:
     return top_isometry(matrix, min(matrix.shape))[0]
 
 
-def truncated(matrix: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The top k singular triples: `U [m, k]`, `s [k]`, `Vh [k, n]`; zeros in the place of vanishing directions."""
+def truncated(matrix: Tensor, k: int, scale: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """The top k singular triples: `U [m, k]`, `s [k]`, `Vh [k, n]`; zeros in the place of vanishing directions.
+
+    `scale` is the size of the terms of the difference that `matrix` is, if larger than what is left of them.
+    """
     U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    known = (s > RELATIVE_RANK[matrix.dtype] * s[0]).to(matrix.dtype)
+    known = (s > RELATIVE_RANK[matrix.dtype] * s[0].clamp(min=scale)).to(matrix.dtype)
     return (U * known)[:, :k], (s * known)[:k], (Vh * known[:, None])[:k]

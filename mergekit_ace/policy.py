@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["matrix", "stack", "average", "base"]
+Kind = Literal["matrix", "stack", "average", "base", "buffer"]
 Choice = Literal["method", "average", "base"]
 InputAxis = Literal["last", "first"]
 
@@ -18,7 +18,7 @@ class Treatment:
 
     Attributes:
         kind: `matrix`: by the method; `stack`: each `[out, in]` slice by the method; `average`: base + weighted mean of
-            the task vectors; `base`: kept as in the base.
+            the task vectors; `base`: kept as in the base; `buffer`: kept, whatever it holds.
         reason: for people, in a few words.
     """
 
@@ -65,7 +65,7 @@ def treatment(
         matrices: the recipe's choice for all other matrices, stacked ones too.
     """
     if _BUFFER.search(name):
-        return Treatment(kind="base", reason="a buffer, not a weight")
+        return Treatment(kind="buffer", reason="a buffer, not a weight")
     if len(shape) >= 2 and is_embedding(name, vocabulary_axis) and embeddings != "method":
         return Treatment(kind=embeddings, reason=f"embedding table or output head (embeddings: {embeddings})")
     if _TEXT_PROJECTION.search(name):

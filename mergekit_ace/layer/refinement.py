@@ -15,6 +15,8 @@ class Refinement:
 
     directions: int
     level: float
+    norm: float
+    """`||.||_F` of the update."""
     update: Tensor
     """`[m, n]`."""
 
@@ -38,4 +40,6 @@ def spectral_refinement(structure: Tensor, fraction: float, *, column_basis: Ten
     top = dominant_subspace(structure, min(k, min(structure.shape)))
     level = float(top.singular_values.sum()) / k
     update = top.partial_isometry if column_basis is None else column_basis @ top.partial_isometry
-    return Refinement(directions=k, level=level, update=update.mul_(level))
+    # A partial isometry has as many unit singular values as it has directions.
+    norm = level * float((top.singular_values > 0).sum()) ** 0.5
+    return Refinement(directions=k, level=level, norm=norm, update=update.mul_(level))

@@ -43,9 +43,13 @@ class TaskVectors:
     Differences are taken in the working dtype: bfloat16 checkpoints differ from their base in the last bits, and a
     difference rounded to bfloat16 would keep 8 bits of an 8-bit number.
 
+    An expert carries information when `||D_t||_F > eps ||base||_F`, `eps` of the working dtype: less is what storing
+    the same weights in another format leaves (float16 rounds the smallest bfloat16 numbers), and a trace-normalized
+    ridge would turn it into the loudest voice of all.
+
     Args:
         base: `[m, n]`.
-        experts: of the base's shape, dtype and device. Those of weight 0, and those equal to the base, are left out.
+        experts: of the base's shape, dtype and device. Those of weight 0, and those without information, are left out.
         name: the layer's name, for messages.
 
     Raises:
@@ -58,7 +62,8 @@ class TaskVectors:
         self.dtype = working_dtype(base.dtype)
         candidates = voting_experts(experts, name=name)
         statistics = [_measure(base, expert, self.dtype, name) for expert in candidates]
-        informative = [pair for pair in zip(candidates, statistics, strict=True) if pair[1].energy > 0]
+        noise = _storage_noise(base, self.dtype) if any(measured.energy > 0 for measured in statistics) else 0.0
+        informative = [pair for pair in zip(candidates, statistics, strict=True) if pair[1].energy > noise]
         self.left_out = tuple(expert.name for expert in experts if not any(expert is kept for kept, _ in informative))
         self.experts = tuple(expert for expert, _ in informative)
         self.statistics = tuple(measured for _, measured in informative)
@@ -90,6 +95,12 @@ class TaskVectors:
         for t, share in enumerate(self.shares):
             total.add_(self.task_vector(t), alpha=share)
         return total
+
+
+def _storage_noise(base: Tensor, dtype: torch.dtype) -> float:
+    """`(eps ||base||_F)^2`, the energy below which a difference says nothing."""
+    norm = float(torch.linalg.vector_norm(base, dtype=torch.float64))
+    return (torch.finfo(dtype).eps * norm) ** 2
 
 
 def voting_experts(experts: Sequence[Expert], *, name: str) -> list[Expert]:
@@ -150,6 +161,16 @@ def _measure(base: Tensor, expert: Expert, dtype: torch.dtype, name: str) -> Upd
     return UpdateStatistics(energy=energy, centered_energy=centered if centered > _EQUAL_ROWS * energy else 0.0)
 
 
+def require_finite_base(base: Tensor, *, name: str) -> None:
+    """Refuse a base that holds NaN or infinity, where it is copied and not subtracted from.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    if not bool(torch.isfinite(base).all()):
+        raise ValueError(_not_finite(name, "the base"))
+
+
 def _require_finite(norm: float, base: Tensor, expert: Expert, name: str) -> None:
     if math.isfinite(norm):
         return
@@ -157,7 +178,11 @@ def _require_finite(norm: float, base: Tensor, expert: Expert, name: str) -> Non
     culprit = "the base" if not bool(torch.isfinite(base).all()) else f"expert {expert.name}"
     if culprit != "the base" and bool(torch.isfinite(expert.tensor).all()):
         culprit = f"the difference of expert {expert.name} and the base"
-    raise ValueError(
+    raise ValueError(_not_finite(name, culprit))
+
+
+def _not_finite(name: str, culprit: str) -> str:
+    return (
         f"{name}: every weight must be finite; {culprit} holds NaN or infinity. "
         "Repair or replace that checkpoint; nothing was merged from it."
     )

@@ -19,10 +19,12 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
+from mergekit_ace.layer.diagnostics import diagnostics
 from mergekit_ace.layer.merge import LayerMerge
-from mergekit_ace.layer.task_vectors import Expert, TaskVectors, mean_task_vector
+from mergekit_ace.layer.task_vectors import Expert, TaskVectors, mean_task_vector, require_finite_base
+from mergekit_ace.methods.advice import OnceEach, causes
 from mergekit_ace.methods.parameters import LAMBDA, RecipeParameter, common_parameters
-from mergekit_ace.policy import Choice, Treatment, treatment
+from mergekit_ace.policy import Choice, Treatment, is_embedding, treatment
 
 LOG = logging.getLogger("mergekit_ace")
 
@@ -42,6 +44,7 @@ class LayerwiseMethod(GroupMergeMethod):
     lambda_parameter: RecipeParameter = LAMBDA
 
     def __init__(self) -> None:
+        self._once = OnceEach()
         self.spec = MergeMethodSpec(
             name=self.name,
             pretty_name=self.pretty_name,
@@ -86,13 +89,21 @@ class LayerwiseMethod(GroupMergeMethod):
         ]
         started = time.perf_counter()
         treated = self.treat(name, base.shape, group.metadata.vocabulary_axis, parameters)
+        if treated.kind == "matrix" and is_embedding(name, group.metadata.vocabulary_axis):
+            self._once.warn("embeddings", f"{name}: embeddings: {self.name} merges a table as if it were a linear map")
         try:
-            merged, notes = self._merge(treated, base, experts, parameters, name)
+            with diagnostics(LOG.isEnabledFor(logging.INFO)):
+                merged, notes = self._merge(treated, base, experts, parameters, name)
         except torch.OutOfMemoryError as error:
             raise torch.OutOfMemoryError(_out_of_memory(name, base)) from error
         if LOG.isEnabledFor(logging.INFO):
             LOG.info(
                 "%s %s: %s; %s %.3f s", name, tuple(base.shape), treated.reason, notes, time.perf_counter() - started
+            )
+        if treated.kind != "buffer" and not bool(torch.isfinite(merged).all()):
+            raise ValueError(
+                f"{name}: every merged weight must be finite; the merge exceeds the range of {merged.dtype}. "
+                "Set dtype: float32 in the recipe (and out_dtype: bfloat16 for a small result), or a smaller lambda."
             )
         return merged
 
@@ -118,7 +129,10 @@ class LayerwiseMethod(GroupMergeMethod):
     def _merge(
         self, treated: Treatment, base: Tensor, experts: Sequence[Expert], parameters: Mapping[str, Any], name: str
     ) -> tuple[Tensor, str]:
+        if treated.kind == "buffer":
+            return base.clone(), ""
         if treated.kind == "base":
+            require_finite_base(base, name=name)
             return base.clone(), ""
         if treated.kind == "average":
             return _apply(base, mean_task_vector(base, experts, name=name), self.scale(parameters)), ""
@@ -146,6 +160,8 @@ class LayerwiseMethod(GroupMergeMethod):
             notes = f"only {task_vectors.experts[0].name} changed it"
         else:
             layer = self.merge_matrix(task_vectors, parameters)
+            for cause, message in causes(layer, max(task_vectors.energies) ** 0.5):
+                self._once.warn(cause, f"{name}: {message}")
             merged, notes = _apply(base, layer.task_vector, self.scale(parameters)), layer.describe()
         return (merged.mT if turned else merged), notes
 

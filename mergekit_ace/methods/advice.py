@@ -1,0 +1,53 @@
+"""What a user should act on, said once a cause and not once a layer."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+
+from mergekit_ace.layer.merge import LayerMerge
+
+LOG = logging.getLogger("mergekit_ace")
+
+# The ridge is so many times the mean eigenvalue of what it regularizes: an average but for a few percent.
+_DROWNED = 10.0
+# The refinement alone is this many times as long as the longest of the experts' updates.
+_DOMINATES = 3.0
+
+
+def causes(layer: LayerMerge, longest_update: float) -> Iterator[tuple[str, str]]:
+    """What is wrong with a layer's merge, as (cause, message without the layer's name).
+
+    Args:
+        layer: the merge.
+        longest_update: largest `||D_t||_F` of its experts.
+    """
+    if layer.ridge is not None and layer.ridge > _DROWNED:
+        yield (
+            "ridge",
+            f"epsilon is {layer.ridge:.2g} times the mean eigenvalue of the second moments and drowns them: the layer "
+            "is all but averaged. Set epsilon: auto, or a smaller one",
+        )
+    if layer.refinement is not None and layer.refinement.norm > _DOMINATES * longest_update:
+        yield (
+            "refinement",
+            f"spectral refinement adds {layer.refinement.norm / longest_update:.2g} times the longest expert's update. "
+            "Raise heterogeneity_threshold or set spectral_fraction: 0",
+        )
+
+
+class OnceEach:
+    """Logs the first message of each cause; thread-safe, one for each merge method."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+        self._lock = threading.Lock()
+
+    def warn(self, cause: str, message: str) -> None:
+        """Warn, unless a message of the same cause was logged before."""
+        with self._lock:
+            if cause in self._said:
+                return
+            self._said.add(cause)
+        LOG.warning("%s. Said once; -v shows every layer.", message)

@@ -1,4 +1,4 @@
-"""Every registered method, under its defaults and under each choice that its own parameters offer."""
+"""Every method, under its defaults and under each choice that its own parameters offer."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +10,7 @@ from torch import Tensor
 
 import mergekit_ace
 from mergekit_ace.methods.layerwise import LayerwiseMethod
-
-mergekit_ace.register()
+from tests.family.documented import documented_method
 
 NAME = "layers.0.weight"
 BASE, ALPHA, BETA, GAMMA = "the-base", "alpha", "beta", "gamma"
@@ -35,11 +34,12 @@ class Case:
         given = {**self.parameters, **parameters}
         if weights is not None:
             given["weight"] = weights
-        return merge_tensors([base, *experts], self.method.name, ids=ids, base_index=0, name=name, parameters=given)
+        return merge_tensors([base, *experts], self.method, ids=ids, base_index=0, name=name, parameters=given)
 
 
 def cases() -> Iterator[Case]:
-    for method in mergekit_ace.METHODS:
+    """Of every registered method, and of the one that CONTRIBUTING.md makes up."""
+    for method in (*mergekit_ace.METHODS, documented_method()):
         yield Case(method)
         for parameter in method.own_parameters:
             for choice in _choices(parameter.value_type):

@@ -61,6 +61,8 @@ class ForkServer:
         status, output = json.loads(self._process.stdout.readline())
         return status, output
 
-    def close(self) -> None:
-        """End the process."""
+    def __enter__(self) -> "ForkServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._process.communicate()

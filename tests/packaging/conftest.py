@@ -42,6 +42,5 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environm
 def forks(installed: Environment) -> Iterator[ForkServer]:
     """Processes that have imported all that mergekit imports, but not mergekit."""
     imports = "import accelerate, click, datasets, networkx, peft, pydantic, scipy, torch, transformers"
-    server = ForkServer(installed.python, imports, installed.folder, clean({}))
-    yield server
-    server.close()
+    with ForkServer(installed.python, imports, installed.folder, clean({})) as server:
+        yield server

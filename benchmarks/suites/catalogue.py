@@ -44,6 +44,16 @@ DIGITS_LORA = Suite(
         digits("evens", lora_rank=32, learning_rate=2e-3, steps=200),
     ),
 )
+DIGITS_LORA_SMALL = Suite(
+    name="digits-lora-small",
+    kind="digits",
+    experts=(
+        digits("mirrored", lora_rank=4, learning_rate=5e-4, steps=200),
+        digits("inverted", lora_rank=8, learning_rate=5e-4, steps=200),
+        digits("above_four", lora_rank=16, learning_rate=5e-4, steps=200),
+        digits("evens", lora_rank=32, learning_rate=5e-4, steps=200),
+    ),
+)
 DIGITS_FROZEN = Suite(
     name="digits-frozen",
     kind="digits",
@@ -66,20 +76,20 @@ DECODER_UNEVEN = Suite(
     name="decoder-uneven",
     kind="decoder",
     experts=(
-        decoder("cpp", learning_rate=3e-4, steps=100),
-        decoder("backwards", learning_rate=3e-3),
-        decoder("shouted", learning_rate=1e-4),
-        decoder("sums"),
+        decoder("cpp", learning_rate=1e-4, steps=100),
+        decoder("records", learning_rate=2e-4, steps=100),
+        decoder("shouted", learning_rate=5e-4, steps=100),
+        decoder("backwards", learning_rate=1e-3, steps=100),
     ),
 )
 DECODER_LORA = Suite(
     name="decoder-lora",
     kind="decoder",
     experts=(
-        decoder("records", lora_rank=4, learning_rate=5e-3, steps=150),
-        decoder("shouted", lora_rank=8, learning_rate=5e-3, steps=150),
-        decoder("cpp", lora_rank=16, learning_rate=5e-3, steps=150),
-        decoder("backwards", lora_rank=32, learning_rate=5e-3, steps=150),
+        decoder("records", lora_rank=4, learning_rate=2e-3, steps=100),
+        decoder("shouted", lora_rank=8, learning_rate=2e-3, steps=100),
+        decoder("cpp", lora_rank=16, learning_rate=2e-3, steps=100),
+        decoder("backwards", lora_rank=32, learning_rate=2e-3, steps=100),
     ),
 )
 
@@ -90,6 +100,7 @@ SUITES = {
         DIGITS_TWO,
         DIGITS_UNEVEN,
         DIGITS_LORA,
+        DIGITS_LORA_SMALL,
         DIGITS_FROZEN,
         DECODER,
         DECODER_THREE,

@@ -4,9 +4,11 @@ An expert is fine-tuned to one domain (C++, JSON records, text backwards, rot13,
 share of held-out bytes that it predicts. Nothing is kept outside the merge.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -53,9 +55,9 @@ class Decoder:
         return merged(model)
 
     @torch.no_grad()
-    def accuracies(self, suite: Suite, root: Path, folder: Path) -> dict[str, float]:
+    def accuracies(self, tasks: Sequence[str], root: Path, folder: Path) -> dict[str, float]:
         model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        return {task: hits(model, task).mean().item() for task in suite.tasks}
+        return {task: hits(model, test_windows(root, task)).mean().item() for task in tasks}
 
     @torch.no_grad()
     def test_rows(self, suite: Suite, root: Path) -> dict[str, int]:
@@ -63,7 +65,7 @@ class Decoder:
         rows = {}
         for task in suite.tasks:
             model = LlamaForCausalLM.from_pretrained(root / task, dtype=torch.float32).eval()
-            of_windows = hits(model, task).mean(1)
+            of_windows = hits(model, test_windows(root, task)).mean(1)
             accuracy = of_windows.mean()
             rows[task] = round((accuracy * (1 - accuracy) / of_windows.var() * len(of_windows)).item())
         return rows
@@ -84,16 +86,19 @@ class Windows:
         return torch.cat(parts)
 
 
-def test_windows(name: str) -> torch.Tensor:
-    """`[120, 96]` codes, evenly spaced over the test part."""
-    codes = domain(name, "test")
-    starts = torch.linspace(0, len(codes) - LENGTH, TEST_WINDOWS).long().unsqueeze(1)
-    return codes[starts + torch.arange(LENGTH)]
+def test_windows(root: Path, name: str) -> torch.Tensor:
+    """`[120, 96]` codes, evenly spaced over the test part; kept under `root`, since reading the texts takes long."""
+    path = root / "tests" / f"{name}.safetensors"
+    if not path.is_file():
+        codes = domain(name, "test")
+        starts = torch.linspace(0, len(codes) - LENGTH, TEST_WINDOWS).long().unsqueeze(1)
+        path.parent.mkdir(exist_ok=True)
+        save_file({"codes": codes[starts + torch.arange(LENGTH)]}, path)
+    return load_file(path)["codes"]
 
 
-def hits(model: nn.Module, task: str) -> torch.Tensor:
-    """`[windows, bytes]`, 1 where the next byte of the task's test windows is predicted."""
-    codes = test_windows(task)
+def hits(model: nn.Module, codes: torch.Tensor) -> torch.Tensor:
+    """`[windows, bytes]`, 1 where the next byte of the windows is predicted."""
     return (model(input_ids=codes[:, :-1]).logits.argmax(-1) == codes[:, 1:]).float()
 
 

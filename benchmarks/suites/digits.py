@@ -5,7 +5,7 @@ is fine-tuned to a transformed canvas, or to another question about it, with a l
 token; the heads stay outside the merge. Training and test canvases are drawn from disjoint sets of written digits.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -28,8 +28,6 @@ TRAINING_DIGITS = 1100
 CANVAS = 16
 BLOCK = 4
 SHUFFLE = (9, 4, 14, 2, 7, 12, 0, 10, 5, 15, 1, 11, 6, 3, 13, 8)
-
-Sample = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 
 
 @cache
@@ -178,10 +176,10 @@ class Digits:
         return merged(model)
 
     @torch.no_grad()
-    def accuracies(self, suite: Suite, root: Path, folder: Path) -> dict[str, float]:
+    def accuracies(self, tasks: Sequence[str], root: Path, folder: Path) -> dict[str, float]:
         model = ViTModel.from_pretrained(folder, add_pooling_layer=False, dtype=torch.float32).eval()
         found = {}
-        for task in suite.tasks:
+        for task in tasks:
             head = load_file(root / HEADS / f"{task}.safetensors")
             canvas, label = Canvases("test", 0).draw(task, TEST_ROWS)
             logits = functional.linear(class_token(model, canvas), head["weight"], head["bias"])

@@ -113,7 +113,9 @@ def test_command_in_a_process_of_its_own(tmp_path: Path) -> None:
     recipe.write_text(yaml.safe_dump(recipe_for(suite)))
     program = "import mergekit_ace; mergekit_ace.register(); from mergekit.scripts.run_yaml import main; main()"
     subprocess.run(
-        [sys.executable, "-c", program, str(recipe), str(out), "--no-copy-tokenizer"], check=True, capture_output=True
+        [sys.executable, "-c", program, str(recipe), str(out), "--no-copy-tokenizer", "-j", "2"],
+        check=True,
+        capture_output=True,
     )
     assert_suite_merged(read_tensors(out), suite, reference_for(suite.family))
     model = transformers.AutoModelForCausalLM.from_pretrained(out)

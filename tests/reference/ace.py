@@ -46,11 +46,12 @@ def ace(
     options: AceOptions = PUBLISHED,
     weights: Sequence[float] | None = None,
     dtype: torch.dtype = torch.float64,
+    relative_rank: float | None = None,
 ) -> Tensor:
     """The merged task vector `W` of one layer, `[m, n]`, computed in `dtype`.
 
     Experts of weight 0 and experts whose task vector is zero are left out. None left: zeros. One left: its task
-    vector.
+    vector. `relative_rank`: see `top_isometry`.
     """
     D, a = participants(task_vectors, weights, dtype)
     if not D:
@@ -97,5 +98,5 @@ def ace(
         return W0
     S_mean = sum(a_t * s for a_t, s in zip(a, S_bar, strict=True)) / T
     R = sum(a_t * (d @ (s - S_mean)) for a_t, d, s in zip(a, D, S, strict=True))
-    isometry, singular_values = top_isometry(R + W0, k)
+    isometry, singular_values = top_isometry(R + W0, k, relative_rank)
     return W0 + singular_values.mean() * isometry

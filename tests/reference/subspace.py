@@ -7,14 +7,15 @@ from torch import Tensor
 RELATIVE_RANK = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-def top_isometry(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_isometry(matrix: Tensor, k: int, relative_rank: float | None = None) -> tuple[Tensor, Tensor]:
     """`U_k V_k^T` and all of the top k singular values of `[m, n]`.
 
     The singular vectors of a vanishing singular value are arbitrary, so those directions are left out of
-    `U_k V_k^T`; their (zero) values stay among the k returned.
+    `U_k V_k^T`; their (zero) values stay among the k returned. `relative_rank` is the share of the largest value below
+    which a value counts as vanishing: that of the matrix's dtype unless its entries are less exact than that.
     """
     U, s, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    known = s[:k] > RELATIVE_RANK[matrix.dtype] * s[0]
+    known = s[:k] > (relative_rank or RELATIVE_RANK[matrix.dtype]) * s[0]
     return U[:, :k][:, known] @ Vh[:k][known], s[:k]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.reference.ace import AceOptions, ace
+from tests.reference.subspace import RELATIVE_RANK
 
 Treatment = Literal["ace", "average", "base"]
 TaskVectorMerge = Callable[[Sequence[Tensor], Sequence[float] | None, torch.dtype], Tensor]
@@ -60,28 +61,17 @@ def merge_tensor(
     merge: TaskVectorMerge | None = None,
 ) -> Tensor:
     """The merged tensor in `dtype`, not rounded back to the checkpoint's own; `merge` replaces ACE for a matrix."""
+    treatment = recipe.treatment(name, base)
     start = base.to(dtype)
-    task_vectors = [expert.to(dtype) - start for expert in experts]
-    return start + recipe.scale * merged_task_vector(name, task_vectors, recipe, dtype, merge)
-
-
-def merged_task_vector(
-    name: str,
-    task_vectors: Sequence[Tensor],
-    recipe: Recipe,
-    dtype: torch.dtype = torch.float64,
-    merge: TaskVectorMerge | None = None,
-) -> Tensor:
-    """What the experts' updates of one tensor become, before `lambda`."""
-    treatment = recipe.treatment(name, task_vectors[0])
     if treatment == "base":
-        return torch.zeros_like(task_vectors[0], dtype=dtype)
+        return start
     if treatment == "average":
-        return weighted_mean(task_vectors, recipe.weights, dtype)
-    if task_vectors[0].ndim == 3:
-        slices = zip(*task_vectors, strict=True)
-        return torch.stack([_matrix(name, list(matrices), recipe, dtype, merge) for matrices in slices])
-    return _matrix(name, task_vectors, recipe, dtype, merge)
+        task_vectors = [expert.to(dtype) - start for expert in experts]
+        return start + recipe.scale * weighted_mean(task_vectors, recipe.weights, dtype)
+    if base.ndim == 3:
+        slices = zip(base, *experts, strict=True)
+        return torch.stack([_matrix(name, first, rest, recipe, dtype, merge) for first, *rest in slices])
+    return _matrix(name, base, experts, recipe, dtype, merge)
 
 
 def weighted_mean(task_vectors: Sequence[Tensor], weights: Sequence[float] | None, dtype: torch.dtype) -> Tensor:
@@ -107,18 +97,27 @@ def merge_checkpoint(
 
 def _matrix(
     name: str,
-    task_vectors: Sequence[Tensor],
+    base: Tensor,
+    experts: Sequence[Tensor],
     recipe: Recipe,
     dtype: torch.dtype,
     merge: TaskVectorMerge | None,
 ) -> Tensor:
-    input_first = _matches(name, recipe.input_first)
-    oriented = [d.T for d in task_vectors] if input_first else list(task_vectors)
+    start = base.to(dtype)
+    # A checkpoint that was once stored in another dtype differs from its base by rounding alone where it was not
+    # trained: such a difference is no update. Inputs of 16 bits are as exact as float32 where they are differenced.
+    precision = torch.float64 if base.dtype == torch.float64 else torch.float32
+    noise = torch.finfo(precision).eps * start.norm()
+    task_vectors = [expert.to(dtype) - start for expert in experts]
+    task_vectors = [d if d.norm() > noise else torch.zeros_like(d) for d in task_vectors]
+    turned = _matches(name, recipe.input_first)
+    if turned:
+        task_vectors = [d.T for d in task_vectors]
     if merge is None:
-        merged = ace(oriented, recipe.options, recipe.weights, dtype)
+        merged = ace(task_vectors, recipe.options, recipe.weights, dtype, RELATIVE_RANK[precision])
     else:
-        merged = merge(oriented, recipe.weights, dtype)
-    return merged.T if input_first else merged
+        merged = merge(task_vectors, recipe.weights, dtype)
+    return start + recipe.scale * (merged.T if turned else merged)
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

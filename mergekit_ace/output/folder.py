@@ -84,7 +84,12 @@ def _check(target: Path, overwrite: bool, inputs: Collection[Path]) -> None:
 @contextlib.contextmanager
 def _locked(partial: Path, target: Path) -> Iterator[None]:
     lock = partial / "lock"
-    descriptor = _acquire(lock, target)
+    try:
+        descriptor = _acquire(lock, target)
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty: its writer lives
+            partial.rmdir()
+        raise
     try:
         yield
     finally:

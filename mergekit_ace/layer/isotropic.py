@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mergekit_ace.layer.task_vectors import TaskVectors
 from mergekit_ace.linalg.precision import require_full_float32
-from mergekit_ace.linalg.subspace import dominant_subspace, polar_factor, singular_triples
+from mergekit_ace.linalg.subspace import dominant_subspace, polar_factor, rounding_floor, singular_triples
 
 
 def merge_isotropic(task_vectors: TaskVectors) -> Tensor:
@@ -27,7 +27,8 @@ def merge_isotropic(task_vectors: TaskVectors) -> Tensor:
     Returns:
         `[m, n]`, working dtype.
     """
-    spectrum = dominant_subspace(task_vectors.sum(), min(task_vectors.shape))
+    floor = len(task_vectors) * task_vectors.rounding
+    spectrum = dominant_subspace(task_vectors.sum(), min(task_vectors.shape), floor=floor)
     return spectrum.partial_isometry.mul_(spectrum.singular_values.mean())
 
 
@@ -61,17 +62,21 @@ def merge_isotropic_subspaces(task_vectors: TaskVectors, *, common_fraction: flo
     if common == specific == 0:
         common = 1
     # Experts that cancel in the sum, or lie within the common space, leave rounding behind: those are no directions.
-    norms = [share * math.sqrt(e) for share, e in zip(task_vectors.shares, task_vectors.energies, strict=True)]
-    shared = singular_triples(task_vectors.sum(), common, scale=sum(norms))
-    values, right = [shared.singular_values], [shared.right]
+    stored = task_vectors.rounding
+    floors = [
+        share * (stored + rounding_floor(math.sqrt(energy), task_vectors.dtype))
+        for share, energy in zip(task_vectors.shares, task_vectors.energies, strict=True)
+    ]
+    shared = singular_triples(task_vectors.sum(), common, floor=sum(floors))
+    total, right = shared.singular_values.sum(), [shared.right]
     own_left = []
     for t, share in enumerate(task_vectors.shares if specific else ()):
         update = task_vectors.task_vector(t).mul_(share)
         update.addmm_(shared.left, shared.left.mT @ update, alpha=-1)
-        own = singular_triples(update, specific, scale=norms[t])
+        own = singular_triples(update, specific, floor=floors[t])
         own_left.append(own.left)
-        values.append(own.singular_values)
+        total += own.singular_values.sum()
         right.append(own.right)
     left = torch.cat([shared.left, polar_factor(torch.cat(own_left, dim=1))], dim=1) if own_left else shared.left
-    level = torch.cat(values).mean()
+    level = float(total) / (common + specific * len(task_vectors))
     return left.mul(level) @ polar_factor(torch.cat(right, dim=1)).mT

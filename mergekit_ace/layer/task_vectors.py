@@ -85,6 +85,17 @@ class TaskVectors:
         """`e_t = ||D_t||_F^2`."""
         return tuple(measured.energy for measured in self.statistics)
 
+    @property
+    def rounding(self) -> float:
+        """Singular values up to this say nothing in a task vector: weights are rounded where they are stored.
+
+        `eps / 2 * rms(base) * (sqrt(m) + sqrt(n))`, `eps` of the working dtype: above the largest singular value of
+        `[m, n]` independent rounding errors.
+        """
+        m, n = self.shape
+        rms = float(torch.linalg.vector_norm(self.base, dtype=torch.float64)) / math.sqrt(m * n)
+        return torch.finfo(self.dtype).eps / 2 * rms * (math.sqrt(m) + math.sqrt(n))
+
     def task_vector(self, t: int) -> Tensor:
         """`D_t`, `[m, n]`, working dtype, in storage of its own that the caller may overwrite."""
         return difference(self.experts[t].tensor, self.base, self.dtype)

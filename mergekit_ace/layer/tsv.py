@@ -15,7 +15,8 @@ def merge_task_singular_vectors(task_vectors: TaskVectors) -> Tensor:
 
     Each of the `T` experts gives `k = floor(r / T)` triples, `r = min(m, n)`; with more experts than `r`, one. The
     polar factor is the nearest matrix with orthonormal columns, so directions that experts share are pulled apart.
-    Directions beyond an expert's numerical rank take no part. `a_t`, the expert's share, scales its singular values.
+    Directions beyond an expert's numerical rank (adapters) are no directions, and take no part. `a_t`, the expert's
+    share, scales its singular values.
 
     Kept meanwhile: the triples, `[m, T k]` and `[n, T k]`, so no more than `r (m + n)` values for `T <= r`.
 
@@ -33,9 +34,10 @@ def merge_task_singular_vectors(task_vectors: TaskVectors) -> Tensor:
     """
     require_full_float32()
     k = max(1, min(task_vectors.shape) // len(task_vectors))
+    rounding = task_vectors.rounding
     left, singular_values, right = [], [], []
     for t, share in enumerate(task_vectors.shares):
-        triples = singular_triples(task_vectors.task_vector(t), k)
+        triples = singular_triples(task_vectors.task_vector(t), k, floor=rounding)
         left.append(triples.left)
         singular_values.append(share * triples.singular_values)
         right.append(triples.right)

@@ -16,14 +16,14 @@ _RANK_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 @dataclass(frozen=True, kw_only=True)
 class SingularTriples:
-    """The top `k` singular triples of a matrix. Beyond its numerical rank all three are zero."""
+    """The top singular triples of a matrix: as many as were asked for, or as its numerical rank has."""
 
     left: Tensor
-    """`U_k`, `[m, k]`, orthonormal columns (or zero ones)."""
+    """`U_k`, `[m, k]`, orthonormal columns."""
     singular_values: Tensor
-    """`[k]`, float64, descending."""
+    """`[k]`, float64, descending, positive."""
     right: Tensor
-    """`V_k`, `[n, k]`, orthonormal columns (or zero ones)."""
+    """`V_k`, `[n, k]`, orthonormal columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,8 @@ class DominantSubspace:
     """`U_k V_k^T`, `[m, n]`, in the dtype of the input; directions beyond the numerical rank are left out."""
 
 
-def singular_triples(matrix: Tensor, k: int, *, scale: float = 0.0) -> SingularTriples:
-    """Top `k` singular triples of `matrix`, the vectors in its dtype.
+def singular_triples(matrix: Tensor, k: int, *, floor: float = 0.0) -> SingularTriples:
+    """Top `k` singular triples of `matrix`, or fewer, the vectors in its dtype.
 
     float32: with `M = F F^T` (the smaller Gram side) and `M U = U diag(s^2)`, `V = F^T U diag(1/s)`. `M` and its
     eigendecomposition are float64: squaring halves the digits, and in float32 they left an error of several percent in
@@ -47,10 +47,9 @@ def singular_triples(matrix: Tensor, k: int, *, scale: float = 0.0) -> SingularT
     Args:
         matrix: `[m, n]`, float32 or float64; unchanged.
         k: how many triples, `0 <= k <= min(m, n)`.
-        scale: size of what `matrix` is a difference of, where that may be larger than what is left of it: the numerical
-            rank counts the singular values that stand out of the rounding at this size.
+        floor: singular values up to it are rounding, whatever the largest one is.
     """
-    triples = _precise_triples(matrix, k, scale)
+    triples = _precise_triples(matrix, k, floor)
     return SingularTriples(
         left=triples.left.to(matrix.dtype),
         singular_values=triples.singular_values,
@@ -58,18 +57,16 @@ def singular_triples(matrix: Tensor, k: int, *, scale: float = 0.0) -> SingularT
     )
 
 
-def dominant_subspace(matrix: Tensor, k: int) -> DominantSubspace:
+def dominant_subspace(matrix: Tensor, k: int, *, floor: float = 0.0) -> DominantSubspace:
     """Top `k` singular values of `matrix` and the partial isometry `U_k V_k^T` of its singular vectors.
 
-    How, and in which precision: as `singular_triples`, rounded once at the end.
-
-    Args:
-        matrix: `[m, n]`, float32 or float64; unchanged.
-        k: how many directions, `0 <= k <= min(m, n)`.
+    How, in which precision, and Args: as `singular_triples`; rounded once, at the end.
     """
-    triples = _precise_triples(matrix, k)
+    triples = _precise_triples(matrix, k, floor)
+    singular_values = triples.singular_values.new_zeros(k)
+    singular_values[: len(triples.singular_values)] = triples.singular_values
     isometry = triples.left @ triples.right.mT
-    return DominantSubspace(singular_values=triples.singular_values, partial_isometry=isometry.to(matrix.dtype))
+    return DominantSubspace(singular_values=singular_values, partial_isometry=isometry.to(matrix.dtype))
 
 
 def polar_factor(matrix: Tensor) -> Tensor:
@@ -80,21 +77,27 @@ def polar_factor(matrix: Tensor) -> Tensor:
     return dominant_subspace(matrix, min(matrix.shape)).partial_isometry
 
 
-def _precise_triples(matrix: Tensor, k: int, scale: float = 0.0) -> SingularTriples:
+def rounding_floor(size: float, dtype: torch.dtype) -> float:
+    """Largest singular value that counts as rounding in a difference of matrices of Frobenius norm `size`."""
+    return _RANK_TOLERANCE[dtype] * size
+
+
+def _precise_triples(matrix: Tensor, k: int, floor: float) -> SingularTriples:
     """The triples in float64 throughout."""
     if matrix.shape[0] > matrix.shape[1]:
-        flipped = _precise_triples(matrix.mT, k, scale)
+        flipped = _precise_triples(matrix.mT, k, floor)
         return SingularTriples(left=flipped.right, singular_values=flipped.singular_values, right=flipped.left)
-    tolerance = _RANK_TOLERANCE[matrix.dtype]
-    if matrix.dtype == torch.float64:
-        left, singular_values, right = torch.linalg.svd(matrix, full_matrices=False)
-        left, singular_values, right = left[:, :k], singular_values[:k], right[:k].mT
-        real = singular_values > tolerance * singular_values[:1].clamp(min=scale)
-        return SingularTriples(left=left * real, singular_values=singular_values * real, right=right * real)
     precise = matrix.double()
-    eigenvalues, vectors = torch.linalg.eigh(gram(precise.mT))
-    singular_values = eigenvalues.flip(0)[:k].clamp(min=0).sqrt()
-    real = singular_values > tolerance * singular_values[:1].clamp(min=scale)
-    left = vectors.flip(1)[:, :k] * real
-    inverse = torch.where(real, 1.0 / torch.where(real, singular_values, 1.0), 0.0)
-    return SingularTriples(left=left, singular_values=singular_values * real, right=(precise.mT @ left) * inverse)
+    if matrix.dtype == torch.float64:
+        left, singular_values, right = torch.linalg.svd(precise, full_matrices=False)
+    else:
+        eigenvalues, vectors = torch.linalg.eigh(gram(precise.mT))
+        left, singular_values, right = vectors.flip(1), eigenvalues.flip(0).clamp(min=0).sqrt(), None
+    least = (_RANK_TOLERANCE[matrix.dtype] * singular_values[:1]).clamp(min=floor)
+    k = int((singular_values[:k] > least).sum())
+    left, singular_values = left[:, :k], singular_values[:k]
+    return SingularTriples(
+        left=left,
+        singular_values=singular_values,
+        right=(precise.mT @ left) / singular_values if right is None else right[:k].mT,
+    )

@@ -231,3 +231,18 @@ def test_cart_lambda_scales_the_deviations_and_not_the_average() -> None:
     bias, biases = drawn(2, 5)
     merged_bias = merge_tensors([bias, *biases], "cart", base_index=0, parameters=doubled)
     torch.testing.assert_close(merged_bias, (biases[0] + biases[1]) / 2)
+
+
+@pytest.mark.parametrize("name", ["tsv_m", "iso_c", "iso_cts"])
+@pytest.mark.parametrize("shape", [(64, 48), (48, 64)], ids=["tall", "wide"])
+def test_the_rounding_of_stored_weights_is_no_direction(name: str, shape: tuple[int, int]) -> None:
+    """Adapters merged into float32 weights: what the addition rounds is of full rank, and above 1e-5 of the update."""
+    base, experts = drawn(3, *shape, rank=2)
+    updates = [1e-4 * (expert - base) for expert in experts]
+    stored = base.float()
+    merged_update = merged(FORMULAS[name], stored, [(stored.double() + update).float() for update in updates])
+    expected = FORMULAS[name].reference(updates, None, torch.float64)
+    noise = torch.linalg.matrix_norm((stored.double() + updates[0]).float().double() - stored - updates[0], 2)
+    assert float(noise) > 1e-5 * float(torch.linalg.matrix_norm(updates[0], 2))
+    # Rounded once more when the result is stored.
+    assert error(merged_update, expected) < 1e-2

@@ -102,6 +102,10 @@ class PlannedTensor:
         """The tensor's name in a model: another layer's when slices are stacked."""
         return self._sources[model].tensor
 
+    def reads(self, model: ModelReference) -> bool:
+        """Whether the model contributes to this tensor; with slices, not every model does."""
+        return model in self._sources
+
     def header(self, model: ModelReference) -> TensorHeader | None:
         """Shape and dtype on disk; None when the model does not have the tensor under any of its names.
 
@@ -164,7 +168,7 @@ class Plan:
         self.method: MergeMethod = method_named(config.merge_method)
         self.device = torch.device(options.device or "cpu")
         self.base: ModelReference | None = config.base_model
-        self.models: Sequence[ModelReference] = _in_recipe_order(config)
+        self.models: Sequence[ModelReference] = in_recipe_order(config)
         self._loaders = loaders
         self._headers: dict[ModelReference, Mapping[str, TensorHeader]] = {}
         self._tokenizers: dict[BuildTokenizer, Any] = {}
@@ -242,7 +246,7 @@ def _descendants(task: Task[Any]) -> Iterator[Task[Any]]:
         yield from _descendants(needed)
 
 
-def _in_recipe_order(config: MergeConfiguration) -> list[ModelReference]:
+def in_recipe_order(config: MergeConfiguration) -> list[ModelReference]:
     """`referenced_models` is a set; people list their experts in an order."""
     modules = [*(config.modules or {}).values()]
     slices = [*(config.slices or []), *(part for module in modules for part in module.slices or [])]

@@ -65,6 +65,19 @@ def assemble(plan: Plan, layers: Iterable[LayerReport], mode: Mode, *, complete:
     )
 
 
+def work(tensor: PlannedTensor, mode: Mode) -> int:
+    """What a tensor will cost relative to the others, from its header: for a progress bar."""
+    model = tensor.base or tensor.experts[0]
+    try:
+        header = tensor.header(model)
+    except READING:
+        return 1
+    if header is None or header.elements == 0:
+        return 1
+    solved = mode == "full" and len(header.shape) > 1 and tensor.vocabulary_axis is None
+    return header.elements * (1 + min(header.shape[-2:]) // 8 if solved else 1)
+
+
 def inspect_tensor(plan: Plan, tensor: PlannedTensor, mode: Mode) -> Iterator[LayerReport]:
     """One planned tensor: no layer if no model has it, one for each slice of a stack, else one."""
     started = time.perf_counter()

@@ -32,6 +32,12 @@ def place(name: str) -> Place:
     return Place(int(first.group()), _NUMBER.sub("*", rest) or stem)
 
 
+def from_layer(name: str) -> str:
+    """The name from its layer's number on, without `.weight`: enough where room is scarce."""
+    first = _NUMBER.search(name)
+    return (name if first is None else name[first.start() :]).removesuffix(".weight")
+
+
 def short_names(names: Sequence[str]) -> dict[str, str]:
     """Each model's path, cut to the shortest tail that tells it from the others: `/models/llama/math` is `math`.
 

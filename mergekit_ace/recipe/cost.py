@@ -1,0 +1,147 @@
+"""What a merge will take on this machine: an estimate from shapes and a moment's measurement."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from mergekit.common import dtype_from_name
+
+from mergekit_ace.linalg.precision import working_dtype
+from mergekit_ace.methods.layerwise import LayerwiseMethod
+from mergekit_ace.recipe.findings import Finding
+from mergekit_ace.recipe.plan import Plan, PlannedTensor
+
+_PYTHON = 700_000_000
+"""Resident size of a process that has imported torch, transformers and mergekit, in bytes."""
+_PROBE = 512
+"""Size of the matrices that are multiplied and decomposed to measure the machine."""
+# Working-dtype buffers beside the inputs while a layer is solved, as `layer.normal_equations.solve` documents them.
+_SQUARE_BUFFERS, _WEIGHT_BUFFERS = 3, 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """All in bytes and seconds."""
+
+    read: int
+    written: int
+    memory: int
+    """Peak of the process on the CPU: inputs and workspace of the largest tensor, the shard being written, Python."""
+    workspace: int
+    """Peak of one tensor, inputs included: what a device needs with `--cuda`."""
+    seconds: float | None
+    """Of the arithmetic, reading and writing left out; None for a method that is not ours."""
+    available: int | None
+    """Free memory of this machine."""
+    device: int | None
+    """Free memory of the chosen accelerator; None on the CPU."""
+
+
+def estimate(plan: Plan) -> Cost:
+    """Estimate from the headers, and from the speed of one product and one decomposition on the chosen device."""
+    read = written = workspace = 0
+    products = cubes = 0.0
+    dtype, out = dtype_from_name(plan.recipe.config.dtype), dtype_from_name(plan.recipe.config.out_dtype)
+    for tensor in plan.tensors:
+        models = [model for model in (tensor.base, *tensor.experts) if model is not None and tensor.reads(model)]
+        headers = [header for model in models if (header := tensor.header(model)) is not None]
+        if not headers:
+            continue
+        read += sum(header.bytes for header in headers)
+        elements, stored = headers[0].elements, headers[0].dtype
+        written += elements * (out or dtype or stored).itemsize
+        inputs = len(headers) * elements * (dtype or stored).itemsize
+        buffers = 2 * elements * working_dtype(dtype or stored).itemsize
+        matrix = _matrix(plan, tensor, headers[0].shape)
+        if matrix is not None:
+            count, m, n = matrix
+            square, weight = _SQUARE_BUFFERS * n * n, _WEIGHT_BUFFERS * m * n
+            buffers = (square + weight) * working_dtype(dtype or stored).itemsize
+            products += count * _products(m, n, len(headers) - 1)
+            cubes += count * min(m, n) ** 3
+        workspace = max(workspace, inputs + buffers)
+    seconds = None
+    if isinstance(plan.method, LayerwiseMethod):
+        per_product, per_cube = _speed(plan.device)
+        seconds = products * per_product + cubes * per_cube
+    shard = min(written, plan.options.out_shard_size * (out or dtype or torch.float32).itemsize)
+    return Cost(
+        read=read,
+        written=written,
+        memory=workspace + shard + _PYTHON,
+        workspace=workspace,
+        seconds=seconds,
+        available=_available(),
+        device=torch.cuda.mem_get_info(plan.device)[0] if plan.device.type == "cuda" else None,
+    )
+
+
+def check_cost(cost: Cost) -> Iterator[Finding]:
+    """A merge that does not fit."""
+    if cost.available is not None and cost.memory > cost.available:
+        yield Finding(
+            level="warning",
+            what=f"the merge needs about {gigabytes(cost.memory)} of memory; {gigabytes(cost.available)} are free",
+            remedy="Lower --out-shard-size: mergekit holds a whole shard before it writes it.",
+        )
+    if cost.device is not None and cost.workspace > cost.device:
+        yield Finding(
+            level="warning",
+            what=f"the largest tensor needs about {gigabytes(cost.workspace)} of device memory; "
+            f"{gigabytes(cost.device)} are free",
+            remedy="Run it without --cuda, or free the device.",
+        )
+
+
+def gigabytes(size: int) -> str:
+    """A number of bytes for people."""
+    return f"{size / 1e9:.2f} GB" if size < 1e10 else f"{size / 1e9:.0f} GB"
+
+
+def _matrix(plan: Plan, tensor: PlannedTensor, shape: tuple[int, ...]) -> tuple[int, int, int] | None:
+    """How many matrices are solved, and their `m` and `n`; None where none is."""
+    if not isinstance(plan.method, LayerwiseMethod):
+        return None
+    parameters = tensor.shared_parameters
+    kind = plan.method.treat(tensor.name, shape, tensor.vocabulary_axis, parameters).kind
+    if kind not in ("matrix", "stack"):
+        return None
+    m, n = shape[-2:] if parameters["input_axis"] == "last" else (shape[-1], shape[-2])
+    return (shape[0] if kind == "stack" else 1), m, n
+
+
+def _products(m: int, n: int, experts: int) -> float:
+    """Multiply-adds of Gram matrices, numerator, Cholesky factor and triangular solves, refinement's products."""
+    small, large = min(m, n), max(m, n)
+    each = small * small * large / 2 + m * n * small + (n * n * m / 2 if m < n else 0)
+    return experts * each + n**3 / 6 + 2 * m * n * n + small * small * large
+
+
+def _speed(device: torch.device) -> tuple[float, float]:
+    """Seconds of one float32 multiply-add, and of one float64 eigendecomposition over its size cubed."""
+    left = torch.randn(_PROBE, _PROBE, generator=torch.Generator().manual_seed(0)).to(device)
+    symmetric = (left @ left.mT).double()
+    volume = float(_PROBE**3)
+    return _seconds(lambda: left @ left) / volume, _seconds(lambda: torch.linalg.eigh(symmetric)) / volume
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    best = float("inf")
+    for _ in range(3):  # the first warms up; the fastest has met the least of other programs
+        started = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def _available() -> int | None:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None

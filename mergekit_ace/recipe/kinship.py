@@ -1,0 +1,82 @@
+"""Whether the experts are fine-tunes of the base, by their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from mergekit.common import ModelReference
+
+from mergekit_ace.recipe.failures import READING
+from mergekit_ace.recipe.findings import Finding
+from mergekit_ace.recipe.plan import Plan, PlannedTensor
+
+_SAMPLES = 6
+# Fine-tuning leaves a cosine with the base close to 1; models trained from different random weights have one near 0.
+_UNRELATED = 0.2
+_DISTANT = 0.7
+
+
+def check_kinship(plan: Plan) -> Iterator[Finding]:
+    """Experts that are the base itself, and experts of another base.
+
+    Reads a few matrices spread over the depth; of an expert that equals the base in all of those, the whole. Adapters
+    are passed over: they are updates of their base by what they are.
+    """
+    for expert in plan.experts:
+        if expert.lora is not None or plan.base is None or plan.base.lora is not None:
+            continue
+        samples = _samples(plan, expert)
+        cosines = [cosine for tensor in samples if (cosine := _cosine(tensor, expert)) is not None]
+        if not cosines:
+            continue
+        if all(_equal(tensor, expert) for tensor in samples) and all(
+            _equal(tensor, expert) for tensor in plan.tensors if tensor.reads(expert)
+        ):
+            yield Finding(
+                level="error",
+                what=f"{expert} equals the base in every tensor, so it adds nothing",
+                remedy="Check its path: it may be the base itself.",
+            )
+            continue
+        cosine = sum(cosines) / len(cosines)
+        if cosine < _DISTANT:
+            yield Finding(
+                level="error" if cosine < _UNRELATED else "warning",
+                what=f"{expert} is {'no fine-tune of the base' if cosine < _UNRELATED else 'far from the base'}: the "
+                f"mean cosine of their matrices is {cosine:.2f}, and 1 would be equal directions",
+                remedy="Merge fine-tunes of one base model, and name that one as base_model.",
+            )
+
+
+def _samples(plan: Plan, expert: ModelReference) -> Sequence[PlannedTensor]:
+    matrices = []
+    for tensor in plan.tensors:
+        if tensor.base is None or not tensor.reads(expert) or tensor.vocabulary_axis is not None:
+            continue
+        ours, theirs = tensor.header(tensor.base), tensor.header(expert)
+        if ours is not None and theirs is not None and len(ours.shape) == 2 and ours.shape == theirs.shape:
+            matrices.append(tensor)
+    step = max(1, len(matrices) // _SAMPLES)
+    return matrices[::step][:_SAMPLES]
+
+
+def _pair(tensor: PlannedTensor, expert: ModelReference) -> tuple[torch.Tensor, torch.Tensor] | None:
+    try:
+        base, other = tensor.read(tensor.base) if tensor.base else None, tensor.read(expert)
+    except READING:  # what cannot be read is found by the checks of files and tensors
+        return None
+    return None if base is None or other is None or base.shape != other.shape else (base, other)
+
+
+def _cosine(tensor: PlannedTensor, expert: ModelReference) -> float | None:
+    pair = _pair(tensor, expert)
+    if pair is None:
+        return None
+    base, other = (side.to(torch.float32).flatten() for side in pair)
+    return float(torch.nn.functional.cosine_similarity(base, other, dim=0))
+
+
+def _equal(tensor: PlannedTensor, expert: ModelReference) -> bool:
+    pair = _pair(tensor, expert)
+    return pair is None or torch.equal(*pair)

@@ -1,0 +1,156 @@
+"""The planned tensors by their headers: missing ones, shapes and dtypes that do not fit, treatments that look wrong."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from mergekit.common import ModelReference, dtype_from_name
+
+from mergekit_ace.methods.layerwise import LayerwiseMethod
+from mergekit_ace.policy import is_embedding
+from mergekit_ace.recipe.findings import Finding
+from mergekit_ace.recipe.plan import Plan, PlannedTensor
+
+_CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_CONV1D = re.compile(r"\.(?:c_attn|q_attn|c_proj|c_fc)\.weight$")
+_MOST_NAMES = 3
+
+
+def check_tensors(plan: Plan) -> Iterator[Finding]:
+    """Tensors that a model does not have, or has in another shape than the base, or quantized."""
+    missing: dict[ModelReference, list[str]] = defaultdict(list)
+    misshapen: dict[ModelReference, list[str]] = defaultdict(list)
+    vocabulary: dict[ModelReference, list[str]] = defaultdict(list)
+    quantized: dict[ModelReference, list[str]] = defaultdict(list)
+    aligned = plan.recipe.config.tokenizer is not None or plan.recipe.config.tokenizer_source is not None
+    for tensor in plan.tensors:
+        base = tensor.header(tensor.base) if tensor.base and tensor.reads(tensor.base) else None
+        for model in (*([tensor.base] if tensor.base and tensor.reads(tensor.base) else []), *tensor.experts):
+            header = tensor.header(model)
+            if header is None:
+                if not tensor.optional and not tensor.is_converted(model):
+                    missing[model].append(tensor.input_name(model))
+                continue
+            if header.dtype.is_floating_point and header.dtype.itemsize == 1:
+                quantized[model].append(tensor.input_name(model))
+            if base is None or header.shape == base.shape:
+                continue
+            if tensor.vocabulary_axis is None:
+                misshapen[model].append(f"{tensor.name} {header.shape} for {base.shape}")
+            elif not aligned and not plan.options.unsafe_truncate_embeddings:
+                vocabulary[model].append(f"{tensor.name} {header.shape} for {base.shape}")
+    for model, names in missing.items():
+        yield Finding(level="error", what=f"{model} lacks {_some(names)}", remedy="Complete the checkpoint.")
+    for model, names in misshapen.items():
+        yield Finding(
+            level="error",
+            what=f"{model} has shapes other than the base's: {_some(names)}",
+            remedy="Merge fine-tunes of one base model.",
+        )
+    for model, names in vocabulary.items():
+        yield Finding(
+            level="error",
+            what=f"{model} has a vocabulary of another size than the base: {_some(names)}",
+            remedy="Align them: tokenizer: {source: base}, or {source: union} to keep every token.",
+        )
+    for model, names in quantized.items():
+        yield Finding(
+            level="error",
+            what=f"{model} is quantized to 8 bits: {_some(names)}",
+            remedy="Merge the unquantized checkpoints, and quantize the result.",
+        )
+
+
+def check_precision(plan: Plan) -> Iterator[Finding]:
+    """A `dtype` that rounds the inputs before their differences are taken."""
+    dtype = dtype_from_name(plan.recipe.config.dtype)
+    if dtype is None:
+        return
+    stored = Counter(
+        header.dtype
+        for tensor in plan.tensors
+        for model in tensor.experts
+        if (header := tensor.header(model)) is not None and header.dtype.is_floating_point
+    )
+    finer = [kind for kind in stored if torch.finfo(kind).eps < torch.finfo(dtype).eps]
+    if finer:
+        yield Finding(
+            level="warning",
+            what=f"dtype: {plan.recipe.config.dtype} rounds experts that are stored in {_names(finer)} before the "
+            "merge: their updates are small and lose most of their digits",
+            remedy=f"Set dtype: float32 and out_dtype: {plan.recipe.config.dtype}.",
+        )
+    elif dtype != torch.float32 and plan.recipe.config.out_dtype is None and any(m.lora for m in plan.models):
+        yield Finding(
+            level="hint",
+            what=f"dtype: {plan.recipe.config.dtype} rounds the merged adapters before the merge",
+            remedy=f"Set dtype: float32 and out_dtype: {plan.recipe.config.dtype}, with --lora-merge-dtype float32.",
+        )
+
+
+def check_treatments(plan: Plan) -> Iterator[Finding]:
+    """Matrices whose input axis looks wrong, and embedding tables that go through the solve."""
+    if not isinstance(plan.method, LayerwiseMethod):
+        return
+    transposed = plan.model_type(plan.models[0]) in _CONV1D_FAMILIES
+    unturned, turned, tables = [], [], []
+    for tensor in plan.tensors:
+        shape = _shape(tensor)
+        if shape is None:
+            continue
+        parameters = tensor.shared_parameters
+        kind = plan.method.treat(tensor.name, shape, tensor.vocabulary_axis, parameters).kind
+        if kind not in ("matrix", "stack"):
+            continue
+        first = parameters["input_axis"] == "first"
+        conv1d = transposed and _CONV1D.search(tensor.name) is not None
+        if conv1d and not first:
+            unturned.append(tensor.name)
+        elif first and not conv1d:
+            turned.append(tensor.name)
+        if len(shape) == 2 and is_embedding(tensor.name, tensor.vocabulary_axis):
+            tables.append(tensor.name)
+    if unturned:
+        published = _is_published(plan)
+        yield Finding(
+            level="hint" if published else "warning",
+            what=f"{_some(unturned)}: this family stores them [in, out] (Conv1D), and input_axis: last takes their "
+            "outputs for inputs" + (", as the authors' program does" if published else ""),
+            remedy="Set input_axis to first for c_attn, c_proj and c_fc, by filters.",
+        )
+    if turned:
+        yield Finding(
+            level="warning",
+            what=f"{_some(turned)}: input_axis: first, though this family stores its matrices [out, in]",
+            remedy="Remove input_axis, or confine it by filters.",
+        )
+    if tables:
+        yield Finding(
+            level="warning",
+            what=f"{_some(tables)}: embedding tables or heads merged by {plan.method.name}, which the authors leave "
+            "out: their rows are no outputs of a linear layer on shared inputs",
+            remedy="Leave embeddings at average, or set it to base.",
+        )
+
+
+def _is_published(plan: Plan) -> bool:
+    """Whether the recipe asks for the published settings, flaws included."""
+    return any(tensor.shared_parameters.get("preset") == "published" for tensor in plan.tensors)
+
+
+def _shape(tensor: PlannedTensor) -> Sequence[int] | None:
+    model = tensor.base if tensor.base and tensor.reads(tensor.base) else tensor.experts[0]
+    header = tensor.header(model)
+    return None if header is None else header.shape
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _some(names: Sequence[str]) -> str:
+    listed = ", ".join(names[:_MOST_NAMES])
+    return listed if len(names) <= _MOST_NAMES else f"{listed} and {len(names) - _MOST_NAMES} more"

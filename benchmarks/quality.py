@@ -2,6 +2,7 @@
 
 python -m benchmarks.quality SUITE... [--methods GLOB]... [--quick] [--fresh GLOB]...
 
+Tables and pictures of single suites, and those over all suites that the results folder holds, are written there.
 SUITE is a name of benchmarks/suites/catalogue.py, or a folder with a `suite.py` of the form in benchmarks/README.md.
 """
 
@@ -11,6 +12,7 @@ from pathlib import Path
 import click
 
 from benchmarks.experiment import merging
+from benchmarks.experiment.plots import draw_bars, draw_epsilon
 from benchmarks.experiment.results import Results, Row, environment, today
 from benchmarks.experiment.scoring import BuiltSuite, relative_mean, standard_error
 from benchmarks.experiment.settings import Setting, selected
@@ -34,8 +36,7 @@ def measure(suite: BuiltSuite, settings: list[Setting], results: Path, fresh: tu
     redo = {setting.label for setting in selected(fresh, quick=False)} if fresh else set()
     missing = [s for s in settings if (s.label in redo or s.label not in found.labels()) and known(s)]
     for start in range(0, len(missing), BATCH):
-        for row in measured(suite, missing[start : start + BATCH], found.experts):
-            found.add(row)
+        measured(suite, missing[start : start + BATCH], found)
         found.save(results)
     found.save(results)
     return found
@@ -48,17 +49,23 @@ def known(setting: Setting) -> bool:
     return False
 
 
-def measured(suite: BuiltSuite, settings: list[Setting], experts: dict[str, float]) -> list[Row]:
-    """Rows of some settings, merged into a scratch folder and scored by one call."""
+def measured(suite: BuiltSuite, settings: list[Setting], found: Results) -> None:
+    """Add the rows of some settings, merged into a scratch folder and scored by one call."""
+    experts = [suite.root / task for task in suite.tasks]
+    seconds: dict[Path, float] = {}
     with tempfile.TemporaryDirectory(prefix="quality-") as scratch:
         folders = [Path(scratch) / str(place) for place in range(len(settings))]
-        seconds = []
         for setting, folder in zip(settings, folders, strict=True):
-            paths = [suite.root / task for task in suite.tasks]
-            seconds.append(merging.merge(setting, suite.root / "base", paths, folder, command=suite.command))
-        _, models = suite.score(folders)
-    rows = []
-    for setting, folder, second in zip(settings, folders, seconds, strict=True):
+            try:
+                seconds[folder] = merging.merge(setting, suite.root / "base", experts, folder, command=suite.command)
+            # a method that fails on one suite must not cost the rest of the table; its error is kept
+            except (RuntimeError, ValueError) as error:
+                found.failures[setting.label] = f"{type(error).__name__}: {error}"
+                click.echo(f"  {setting.label}: failed, {error}", err=True)
+        _, models = suite.score(list(seconds)) if seconds else ({}, {})
+    for setting, folder in zip(settings, folders, strict=True):
+        if folder not in models:
+            continue
         accuracies = models[folder]
         row = Row(
             label=setting.label,
@@ -66,22 +73,15 @@ def measured(suite: BuiltSuite, settings: list[Setting], experts: dict[str, floa
             method=setting.method,
             parameters=dict(setting.parameters),
             accuracies=accuracies,
-            relative_mean=round(relative_mean(accuracies, experts), 3),
-            standard_error=round(standard_error(accuracies, experts, suite.test_rows), 3) if suite.test_rows else None,
-            seconds=round(second, 2),
+            relative_mean=round(relative_mean(accuracies, found.experts), 3),
+            standard_error=round(standard_error(accuracies, found.experts, suite.test_rows), 3)
+            if suite.test_rows
+            else None,
+            seconds=round(seconds[folder], 2),
             date=today(),
         )
         click.echo(f"  {row.label}: {row.relative_mean:.1f}")
-        rows.append(row)
-    return rows
-
-
-def write_pictures(suites: list[Results], folder: Path) -> None:
-    from benchmarks.experiment.plots import draw_bars, draw_epsilon
-
-    for suite in suites:
-        draw_bars(suite, folder / f"quality-{suite.suite}.svg")
-    draw_epsilon(suites, folder / "quality-epsilon.svg")
+        found.add(row)
 
 
 @click.command(help=__doc__)
@@ -107,19 +107,18 @@ def main(
         found = [BuiltSuite.found(text, builds.resolve()) for text in suites]
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    measurements = []
     for suite in found:
         click.echo(suite.name)
-        measured_suite = measure(suite, settings, results / f"quality-{suite.name}.json", fresh)
-        measurements.append(measured_suite)
-        table = suite_table(measured_suite)
+        measurement = measure(suite, settings, results / f"quality-{suite.name}.json", fresh)
+        table = suite_table(measurement)
         (results / f"quality-{suite.name}.md").write_text(table, encoding="utf-8")
         click.echo(table)
-    if len(measurements) > 1:
-        table = summary_table(measurements)
-        (results / "quality.md").write_text(table, encoding="utf-8")
-        click.echo(table)
-    write_pictures(measurements, results)
+        draw_bars(measurement, results / f"quality-{suite.name}.svg")
+    everything = [Results.load(path) for path in sorted(results.glob("quality-*.json"))]
+    table = summary_table(everything)
+    (results / "quality.md").write_text(table, encoding="utf-8")
+    draw_epsilon(everything, results / "quality-epsilon.svg")
+    click.echo(table)
 
 
 if __name__ == "__main__":

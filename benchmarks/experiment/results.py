@@ -35,12 +35,16 @@ class Results:
     test_rows: dict[str, int] | None
     environment: dict[str, str] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    """The error of each setting that could not be merged."""
 
     def add(self, row: Row) -> None:
         self.rows = [kept for kept in self.rows if kept.label != row.label] + [row]
+        self.failures.pop(row.label, None)
 
     def labels(self) -> set[str]:
-        return {row.label for row in self.rows}
+        """Of all settings that were tried."""
+        return {row.label for row in self.rows} | self.failures.keys()
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ def suite_table(results: Results) -> str:
     for row in in_order(results.rows):
         error = "" if row.standard_error is None else f" ± {row.standard_error:.1f}"
         lines.append(line(row.label, f"{row.relative_mean:.1f}{error}", row.accuracies, f"{row.seconds:.1f}"))
+    lines += [[label, "fails", *("" for _ in tasks), ""] for label in results.failures]
     return markdown(["method", "relative mean", *tasks, "merge, s"], lines)
 
 

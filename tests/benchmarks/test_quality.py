@@ -87,7 +87,7 @@ def test_two_suites_share_a_summary(builds: Path, tmp_path: Path) -> None:
     shutil.copytree(TINY, other)
     assert run(builds, tmp_path, str(other), "--methods", "average").exit_code == 0
     lines = (tmp_path / "quality.md").read_text().splitlines()
-    assert lines[0] == "| method | tiny | other |"
+    assert lines[0] == "| method | other | tiny |"
     assert lines[2].startswith("| average | ")
 
 

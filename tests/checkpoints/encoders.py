@@ -25,6 +25,13 @@ ENCODERS = (
         tokens,
         tables=("*.word_embeddings.weight", "*.position_embeddings.weight", "*.token_type_embeddings.weight"),
     ),
+    # mergekit 0.1.5 cannot plan a BertModel.
+    Family(
+        "bert",
+        lambda: transformers.BertModel(transformers.BertConfig(**SMALL)),
+        tokens,
+        tables=("*word_embeddings.weight", "*position_embeddings.weight", "*token_type_embeddings.weight"),
+    ),
 )
 
 ENCODER_DECODERS = (

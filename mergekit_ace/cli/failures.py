@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from types import FrameType
 
 import click
-from pydantic import ValidationError
+
+from mergekit_ace.recipe.failures import message_of
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -70,19 +71,11 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def describe(error: BaseException) -> str:
     """Return what an exception says, for people."""
-    if isinstance(error, ValidationError):
-        details = [f"{'.'.join(map(str, item['loc'])) or 'document'}: {item['msg']}" for item in error.errors()]
-        return f"{error.title} must be valid; got\n  " + "\n  ".join(details)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
     if isinstance(error, MemoryError) and not str(error):
         return "out of memory"
-    # A KeyError says no more than the key, and some exceptions nothing at all.
-    return (
-        str(error)
-        if isinstance(error, ValueError | RuntimeError) and str(error)
-        else f"{type(error).__name__}: {error}"
-    )
+    return message_of(error)
 
 
 def printable(text: str) -> str:

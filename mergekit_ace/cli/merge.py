@@ -14,6 +14,7 @@ from mergekit_ace.output import engine, parts
 from mergekit_ace.output.folder import staged
 from mergekit_ace.output.selection import Part, PlannedTensor, select
 from mergekit_ace.output.space import require_space
+from mergekit_ace.recipe.plan import read_recipe
 
 
 def _parse_part(ctx: click.Context, param: click.Parameter, value: str | None) -> Part | None:
@@ -67,7 +68,8 @@ def merge(
     with reported(traceback=merge_options.verbosity > 0):
         merge_options.apply_global_options()  # type: ignore[no-untyped-call]
         mergekit_ace.register()
-        recipe = config_file.read_text(encoding="utf-8")
+        source = config_file.read_text(encoding="utf-8")
+        recipe = read_recipe(config_file).config
         plan: list[PlannedTensor] = []
         chosen: list[PlannedTensor] = []
 
@@ -78,8 +80,8 @@ def merge(
                 require_space(out_path, sum(tensor.nbytes for tensor in chosen))
             return chosen
 
-        inputs = [config_file, *engine.local_inputs(engine.parse_recipe(recipe))]
+        inputs = [config_file, *engine.local_inputs(recipe)]
         with staged(out_path, overwrite=overwrite, inputs=inputs) as folder:
-            engine.run(recipe, folder, merge_options, choose)
+            engine.run(recipe, source, folder, merge_options, choose)
             if partly:
                 parts.seal(folder, parts.describe_merge(recipe, merge_options, plan), chosen)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mergekit.merge
-import yaml
+import torch
 from mergekit.architecture import WeightInfo
 from mergekit.architecture.conversion import convert_checkpoint_tensors
 from mergekit.common import ModelReference, dtype_from_name
@@ -20,20 +20,10 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from torch import Tensor
 
-from mergekit_ace.output.headers import Headers
 from mergekit_ace.output.selection import PlannedTensor
+from mergekit_ace.recipe.headers import TensorHeader, read_headers
 
 Choice = Callable[[Sequence[PlannedTensor]], Sequence[PlannedTensor]]
-
-
-def parse_recipe(source: str) -> MergeConfiguration:
-    """Read a recipe as `mergekit-yaml` does.
-
-    Raises:
-        yaml.YAMLError: The text is not YAML.
-        pydantic.ValidationError: The document is not a recipe.
-    """
-    return MergeConfiguration.model_validate(yaml.safe_load(source))
 
 
 def local_inputs(recipe: MergeConfiguration) -> list[Path]:
@@ -47,18 +37,20 @@ def local_inputs(recipe: MergeConfiguration) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
-def run(recipe: str, out: Path, options: MergeOptions, choose: Choice) -> None:
+def run(recipe: MergeConfiguration, source: str, out: Path, options: MergeOptions, choose: Choice) -> None:
     """Run a recipe as `mergekit-yaml` does, but make the chosen tensors only.
 
     Args:
-        recipe: The recipe's text.
+        recipe: What to run.
+        source: Its text, for the card.
         out: The folder to write to; its name is the model's name in the card.
         options: mergekit's.
         choose: Given all tensors of the output in the order of the plan, with the sizes that the inputs' headers
             promise, returns those to make. What it raises ends the merge before it starts.
     """
     with _planner(functools.partial(_SelectivePlanner, choose=choose)):
-        mergekit.merge.run_merge(parse_recipe(recipe), str(out), options=options, config_source=recipe)
+        # A copy, for the planner rewrites what it is given.
+        mergekit.merge.run_merge(recipe.model_copy(deep=True), str(out), options=options, config_source=source)
 
 
 @contextlib.contextmanager
@@ -80,7 +72,7 @@ class _SelectivePlanner(MergePlanner):
         super().__init__(*args, **kwargs)
         self._choose = choose
         self._sizes: dict[str, int] = {}
-        self._headers: dict[ModelReference, Headers] = {}
+        self._headers: dict[ModelReference, Mapping[str, TensorHeader]] = {}
 
     def plan_tensor(
         self, weight: WeightInfo, weights_in: list[WeightInfo], models: list[ModelReference], cfg_reader: ConfigReader
@@ -104,20 +96,25 @@ class _SelectivePlanner(MergePlanner):
         """Size of an output tensor, taken from the first input that has it; 0 if none does."""
         dtype = dtype_from_name(weight.force_dtype or self.config.out_dtype or self.config.dtype)
         for model, source in sources:
-            tensor = self._header(model, source)
+            tensor = self._on_meta_device(model, source)
             if tensor is not None:
                 return tensor.numel() * (dtype or tensor.dtype).itemsize
         return 0
 
-    def _header(self, model: ModelReference, weight: WeightInfo) -> Tensor | None:
+    def _on_meta_device(self, model: ModelReference, weight: WeightInfo) -> Tensor | None:
+        """An input's tensor without its data."""
         cache = LoaderCache()
         if model not in self._headers:
-            self._headers[model] = Headers(cache.get(model).index)
+            self._headers[model] = read_headers(cache.get(model).index)
         headers = self._headers[model]
         for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ())):
             if name in headers:
-                return headers[name]
+                return _empty(headers[name])
         # Stored in another layout than transformers loads, such as one tensor an expert of a mixture.
         model_type = model.config(trust_remote_code=cache.trust_remote_code).model_type
-        sources = {name: functools.partial(headers.__getitem__, name) for name in headers}
+        sources = {name: functools.partial(_empty, header) for name, header in headers.items()}
         return convert_checkpoint_tensors(model_type, sources, weight.name)
+
+
+def _empty(header: TensorHeader) -> Tensor:
+    return torch.empty(header.shape, dtype=header.dtype, device="meta")

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+from mergekit.config import MergeConfiguration
 from mergekit.io import ShardedTensorIndex
 from mergekit.options import MergeOptions
 from pydantic import BaseModel, ValidationError
 
 import mergekit_ace
-from mergekit_ace.output.engine import parse_recipe
 from mergekit_ace.output.selection import PlannedTensor
 
 MANIFEST = "part.json"
@@ -68,10 +69,10 @@ class Manifest(BaseModel, frozen=True, extra="forbid"):
     sha256: dict[str, str]
 
 
-def describe_merge(recipe: str, options: MergeOptions, plan: list[PlannedTensor]) -> Merge:
-    """Return what every part of the merge that a recipe's text describes has in common."""
+def describe_merge(recipe: MergeConfiguration, options: MergeOptions, plan: Sequence[PlannedTensor]) -> Merge:
+    """Return what all parts of a recipe's merge have in common."""
     content = {
-        "recipe": parse_recipe(recipe).model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json"),
         "options": {name: getattr(options, name) for name in _TELLING_OPTIONS},
     }
     return Merge(
@@ -83,7 +84,7 @@ def describe_merge(recipe: str, options: MergeOptions, plan: list[PlannedTensor]
     )
 
 
-def seal(folder: Path, merge: Merge, tensors: list[PlannedTensor]) -> None:
+def seal(folder: Path, merge: Merge, tensors: Sequence[PlannedTensor]) -> None:
     """Turn what mergekit has written for the given tensors into a part folder."""
     (folder / TENSORS).mkdir()
     (folder / FILES).mkdir()

@@ -1,15 +1,20 @@
 """`mergekit-ace merge`: what mergekit-yaml writes, all or nothing."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registry
+from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
 from mergekit_ace.output import engine
+from mergekit_ace.output.selection import PlannedTensor
+from mergekit_ace.recipe.failures import RecipeError
 from tests.checkpoints import Suite, make_suite
 from tests.cli.conftest import Invoke
 from tests.commands import mergekit_yaml
@@ -62,8 +67,14 @@ def test_the_plan_knows_the_size_of_the_output(
     sizes: dict[str, int] = {}
     run = engine.run
 
-    def observed(recipe: str, out: Path, options: object, choose: engine.Choice) -> None:
-        run(recipe, out, options, lambda tensors: sizes.update({t.name: t.nbytes for t in tensors}) or choose(tensors))  # type: ignore[func-returns-value,arg-type]
+    def observed(
+        recipe: MergeConfiguration, source: str, out: Path, options: MergeOptions, choose: engine.Choice
+    ) -> None:
+        def note(tensors: Sequence[PlannedTensor]) -> Sequence[PlannedTensor]:
+            sizes.update({tensor.name: tensor.nbytes for tensor in tensors})
+            return choose(tensors)
+
+        run(recipe, source, out, options, note)
 
     monkeypatch.setattr(engine, "run", observed)
     result = invoke("merge", recipe, tmp_path / "out", "--quiet", "--no-copy-tokenizer")
@@ -145,8 +156,8 @@ def test_the_disk_is_looked_at_before_the_merge(
     ("text", "message"),
     [
         ("merge_method: [", "while parsing a flow"),
-        ("- a\n- b\n", "MergeConfiguration must be valid; got"),
-        ("merge_method: ace\nmodels:\n  - {base}\n", "models.0: "),
+        ("- a\n- b\n", "must hold a mapping with merge_method and models; got list"),
+        ("merge_method: ace\nmodels:\n  - {base}\n", "models.0"),
         ("merge_method: nothing\nmodels:\n  - model: {base}\n", "Unimplemented merge method nothing"),
         ("merge_method: ace\nmodels:\n  - model: {base}\n", "base"),
     ],
@@ -167,7 +178,7 @@ def test_verbose_shows_the_traceback(tmp_path: Path, invoke: Invoke) -> None:
     recipe = tmp_path / "recipe.yml"
     recipe.write_text("merge_method: [")
     result = invoke("merge", recipe, tmp_path / "out", "-v")
-    assert isinstance(result.exception, yaml.YAMLError)
+    assert isinstance(result.exception, RecipeError)
 
 
 @pytest.mark.parametrize(

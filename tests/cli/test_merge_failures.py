@@ -5,13 +5,8 @@ import signal
 
 import click
 import pytest
-from pydantic import BaseModel, ValidationError
 
 from mergekit_ace.cli.failures import describe, printable, reported
-
-
-class Shape(BaseModel):
-    sides: int
 
 
 @pytest.mark.parametrize(
@@ -24,7 +19,7 @@ class Shape(BaseModel):
             "No space left on device: out/model.safetensors",
         ),
         (MemoryError(), "out of memory"),
-        (RuntimeError(), "RuntimeError: "),
+        (RuntimeError(), "RuntimeError"),
     ],
 )
 def test_an_error_says_what_it_knows(error: Exception, message: str) -> None:
@@ -33,13 +28,6 @@ def test_an_error_says_what_it_knows(error: Exception, message: str) -> None:
         raise error
     assert raised.value.message == message
     assert raised.value.exit_code == 1
-
-
-def test_a_validation_error_names_the_fields() -> None:
-    with pytest.raises(ValidationError) as raised:
-        Shape.model_validate({"sides": "many"})
-    assert describe(raised.value).splitlines()[0] == "Shape must be valid; got"
-    assert describe(raised.value).splitlines()[1].startswith("  sides: ")
 
 
 def test_names_cannot_steer_the_terminal() -> None:

@@ -1,0 +1,80 @@
+"""The two routes to the same solution: the [n, n] system, and the rows that all task vectors have together."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergekit_ace.layer import merge
+from mergekit_ace.layer.dense_system import solve_dense
+from mergekit_ace.layer.merge import merge_by_covariance
+from mergekit_ace.layer.options import CovarianceOptions
+from mergekit_ace.layer.row_factors import row_factors
+from tests.layer.experts import adapter_updates, in_float64, layer, steep_updates
+from tests.reference.ace import AceOptions, ace
+
+PUBLISHED = CovarianceOptions()
+VARIANTS = [
+    PUBLISHED,
+    CovarianceOptions(trace_normalization="always", refinement="always"),
+    CovarianceOptions(epsilon="auto", center_numerator=False, structural_prior=False, refinement="always"),
+    CovarianceOptions(epsilon="auto", center_second_moment=False, center_numerator=False, refinement="never"),
+    CovarianceOptions(epsilon="auto", trace_normalization="always", center_numerator=False),
+]
+LAYERS: dict[str, Callable[[], list[Tensor]]] = {
+    "wide": lambda: steep_updates(40, 300, 4, spread=2.0),
+    "adapters": lambda: adapter_updates(280, 320, 3, rank=12),
+    "adapters, tall": lambda: adapter_updates(400, 260, 3, rank=8),
+    "wide adapters": lambda: adapter_updates(256, 900, 3, rank=8),
+}
+
+
+def by_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge, "solve", solve_dense)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=range(len(VARIANTS)))
+@pytest.mark.parametrize("kind", LAYERS)
+def test_both_routes_agree(kind: str, options: CovarianceOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    task_vectors = layer(LAYERS[kind]())
+    factors = row_factors(task_vectors, center=options.center_second_moment)
+    assert factors is not None
+    assert len(factors.rows) < task_vectors.shape[1]
+    few_rows = merge_by_covariance(task_vectors, options)
+    by_dense(monkeypatch)
+    dense = merge_by_covariance(task_vectors, options)
+    error = torch.linalg.norm(few_rows.task_vector - dense.task_vector) / torch.linalg.norm(dense.task_vector)
+    # The dense system of few rows has the ridge as its smallest eigenvalues, hence loses digits to its conditioning.
+    assert error < 1e-9
+    assert few_rows.ridge == pytest.approx(dense.ridge)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_few_rows_against_the_literal_steps(dtype: torch.dtype) -> None:
+    task_vectors = layer(steep_updates(40, 300, 4, spread=3.0), dtype=dtype)
+    merged = merge_by_covariance(task_vectors, PUBLISHED).task_vector.double()
+    exact = ace(in_float64(task_vectors), AceOptions())
+    error = torch.linalg.norm(merged - exact) / torch.linalg.norm(exact)
+    assert error < (1e-9 if dtype == torch.float64 else 2e-5)
+
+
+def test_adapters_in_float32_are_seen_through_their_rounding() -> None:
+    task_vectors = layer(adapter_updates(300, 280, 3, rank=16), dtype=torch.float32)
+    factors = row_factors(task_vectors, center=True)
+    assert factors is not None
+    assert len(factors.rows) <= 3 * 17
+    options = CovarianceOptions(spectral_fraction=0.0)
+    merged = merge_by_covariance(task_vectors, options).task_vector.double()
+    exact = ace(in_float64(task_vectors), AceOptions(spectral_fraction=0.0))
+    # The difference of two float32 weights of size 0.1 is itself known to no more than that.
+    rounding = 2 * torch.finfo(torch.float32).eps * torch.linalg.norm(task_vectors.base).double()
+    assert torch.linalg.norm(merged - exact) < 3 * rounding
+
+
+def test_adapters_rounded_to_bfloat16_are_of_full_rank() -> None:
+    assert row_factors(layer(adapter_updates(300, 280, 3, rank=16), dtype=torch.bfloat16), center=True) is None
+
+
+def test_full_fine_tunes_take_the_dense_route() -> None:
+    assert row_factors(layer(steep_updates(300, 280, 3)), center=True) is None

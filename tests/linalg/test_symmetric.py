@@ -1,0 +1,32 @@
+"""Symmetric products by their upper half are the whole products."""
+
+import pytest
+import torch
+
+from mergekit_ace.linalg.symmetric import add_gram_upper_, add_to_diagonal_, gram, mirror_upper_
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 5), (7, 191), (30, 500), (900, 450)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gram_is_the_product_and_exactly_symmetric(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    rows = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    product = gram(rows)
+    assert torch.equal(product, product.T)
+    torch.testing.assert_close(product, rows.T @ rows)
+    torch.testing.assert_close(gram(rows.mT), rows @ rows.T)
+
+
+def test_scaled_products_accumulate() -> None:
+    first, second = torch.randn(2, 10, 700, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    total = torch.zeros(700, 700, dtype=torch.float64)
+    add_gram_upper_(total, first, scale=2.0)
+    add_gram_upper_(total, second, scale=0.5)
+    add_to_diagonal_(mirror_upper_(total), 3.0)
+    wanted = 2 * first.T @ first + 0.5 * second.T @ second + 3 * torch.eye(700, dtype=torch.float64)
+    torch.testing.assert_close(total, wanted)
+
+
+def test_a_target_that_is_not_kept_may_hold_anything() -> None:
+    target = torch.full((4, 4), float("nan"))
+    rows = torch.eye(4)
+    torch.testing.assert_close(gram(rows, out=target), torch.eye(4))

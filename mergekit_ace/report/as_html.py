@@ -6,7 +6,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from html import escape as escape_html
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -20,7 +20,7 @@ from mergekit_ace.report.model import Branch, LayerReport, Report
 from mergekit_ace.report.naming import short_names
 from mergekit_ace.report.plots import FIGURES, figures, layers_to_show, spectra, style
 from mergekit_ace.report.summary import Summary, summarize
-from mergekit_ace.report.wording import BRANCH_MEANING, number, percent
+from mergekit_ace.report.wording import BRANCH_MEANING, number, percent, printable
 
 _MOST_SPECTRA = 8
 _CAPTIONS: Mapping[str, str] = {
@@ -210,6 +210,11 @@ def _cell(text: str, value: float | None, *, title: str = "") -> str:
     sort = "" if value is None else f' data-value="{value!r}"'
     hover = f' title="{escape(title)}"' if title else ""
     return f"<td{sort}{hover}>{escape(text)}</td>"
+
+
+def escape(text: str) -> str:
+    """Text as it may stand in an element or a quoted attribute."""
+    return escape_html(printable(text))
 
 
 def _breakable(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from mergekit_ace.report.model import ExpertReport, LayerReport, Report, Spectrum
 from mergekit_ace.report.naming import short_names
 from mergekit_ace.report.summary import SOLVED, badness
+from mergekit_ace.report.wording import printable
 
 # Okabe and Ito's colours, told apart with any colour vision; then matplotlib's own for more experts than that.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#882255")
@@ -49,7 +51,9 @@ _MOST_ENTRIES = 12  # of a legend
 @contextmanager
 def style() -> Iterator[None]:
     """The look of all figures; also needed while one is saved."""
-    with mpl.rc_context(dict(_STYLE)):
+    with mpl.rc_context(dict(_STYLE)), warnings.catch_warnings():
+        # A name may be in any script, and the browser will have the letters that matplotlib's font lacks.
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
         yield
 
 
@@ -342,4 +346,5 @@ def _colour(index: int) -> str:
 
 def _clip(text: str, most: int = 28) -> str:
     """The end of a name is what tells it from others."""
+    text = printable(text)
     return text if len(text) <= most else f"…{text[1 - most :]}"

@@ -82,6 +82,7 @@ def merge(
 
         inputs = [config_file, *engine.local_inputs(recipe)]
         with staged(out_path, overwrite=overwrite, inputs=inputs) as folder:
+            engine.merge_adapters(recipe, merge_options)
             engine.run(recipe, source, folder, merge_options, choose)
             if partly:
                 parts.seal(folder, parts.describe_merge(recipe, merge_options, plan), chosen)

@@ -20,6 +20,7 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from torch import Tensor
 
+from mergekit_ace.output.folder import staged
 from mergekit_ace.output.selection import PlannedTensor
 from mergekit_ace.recipe.headers import TensorHeader, read_headers
 
@@ -35,6 +36,31 @@ def local_inputs(recipe: MergeConfiguration) -> list[Path]:
         if path is not None
     ]
     return [path for path in paths if path.exists()]
+
+
+def merge_adapters(recipe: MergeConfiguration, options: MergeOptions) -> None:
+    """Merge a recipe's LoRA experts into mergekit's cache, each whole or not at all.
+
+    mergekit takes an entry that is there for a whole one, so that one left by a run that was killed would spoil every
+    run after it.
+
+    Raises:
+        BlockingIOError: Another process is merging the same adapter.
+    """
+    for model in recipe.referenced_models():
+        if model.lora is None or not options.lora_merge_cache:
+            continue
+        name = f"{model.model._unique_id()}_{model.lora._unique_id()}"  # type: ignore[no-untyped-call]
+        entry = Path(options.lora_merge_cache, name)
+        if entry.exists():
+            continue
+        with staged(entry) as folder:
+            folder.rmdir()  # mergekit makes it
+            model.merged(
+                cache_dir=str(folder.parent),
+                trust_remote_code=options.trust_remote_code,
+                lora_merge_dtype=options.lora_merge_dtype,
+            )
 
 
 def run(recipe: MergeConfiguration, source: str, out: Path, options: MergeOptions, choose: Choice) -> None:

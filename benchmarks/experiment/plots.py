@@ -19,6 +19,12 @@ STYLE: dict[Any, object] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
+# what is drawn across the panels: label, name, colour, dash
+LEVELS = (
+    ("ace published auto", "published, automatic", COLOURS["ace published"], "--"),
+    ("ace", "ace defaults", COLOURS["ace"], "-"),
+    ("average", "average", "#52606d", ":"),
+)
 METADATA = {"Date": None}
 
 
@@ -70,17 +76,13 @@ def draw_epsilon(suites: list[Results], path: Path) -> bool:
                 *zip(*points, strict=True), marker="o", color=COLOURS["ace published"], label="published, by hand"
             )
             levels = {row.label: row.relative_mean for row in suite.rows}
-            for label, name, colour, dash in (
-                ("ace published auto", "published, automatic", COLOURS["ace published"], "--"),
-                ("ace", "ace defaults", COLOURS["ace"], "-"),
-                ("average", "average", COLOURS["mergekit"], ":"),
-            ):
+            for label, name, colour, dash in LEVELS:
                 if label in levels:
                     axes.axhline(levels[label], color=colour, linestyle=dash, label=name)
             axes.set_title(suite.suite)
             axes.set_xlabel("epsilon")
             axes.set_ylabel("relative to experts, %")
-        panels.flat[0].legend(fontsize=7, loc="lower left")
+        figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
         figure.savefig(path, metadata=METADATA)
         plt.close(figure)
     return True

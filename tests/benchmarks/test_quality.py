@@ -82,6 +82,29 @@ def test_saved_rows_are_kept_unless_asked_afresh(builds: Path, tmp_path: Path, m
     assert len(json.loads((tmp_path / "quality-tiny.json").read_text())["rows"]) == 2
 
 
+def test_a_method_that_fails_costs_its_own_row_only(
+    builds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = merging.merge
+
+    def failing(setting, *arguments, **options):  # type: ignore[no-untyped-def]
+        if setting.label == "karcher":
+            raise RuntimeError("no mean exists")
+        return real(setting, *arguments, **options)
+
+    monkeypatch.setattr(merging, "merge", failing)
+    assert run(builds, tmp_path, "--methods", "average", "--methods", "karcher").exit_code == 0
+    saved = json.loads((tmp_path / "quality-tiny.json").read_text())
+    assert [row["label"] for row in saved["rows"]] == ["average"]
+    assert saved["failures"] == {"karcher": "RuntimeError: no mean exists"}
+    assert "| karcher | fails |" in (tmp_path / "quality-tiny.md").read_text()
+    monkeypatch.setattr(merging, "merge", real)
+    run(builds, tmp_path, "--methods", "karcher", "--fresh", "karcher")
+    saved = json.loads((tmp_path / "quality-tiny.json").read_text())
+    assert [row["label"] for row in saved["rows"]] == ["average", "karcher"]
+    assert not saved["failures"]
+
+
 def test_two_suites_share_a_summary(builds: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(TINY, other)

@@ -31,7 +31,6 @@ DIGITS_UNEVEN = Suite(
         digits("mirrored", learning_rate=1e-4),
         digits("occluded", steps=100),
         digits("evens", learning_rate=5e-5),
-        digits("diagonal", learning_rate=1e-3, steps=100),
     ),
 )
 DIGITS_LORA = Suite(

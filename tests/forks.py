@@ -30,6 +30,7 @@ for line in sys.stdin:
     with open(reader, errors="replace") as pipe:
         output = pipe.read()
     print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), output]), flush=True)
+os._exit(0)
 """
 
 

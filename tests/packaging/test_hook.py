@@ -144,6 +144,16 @@ def test_methods_are_registered_whatever_comes_before(situation: str, forks: For
     assert state(forks.run(SITUATIONS[situation] + STATE)) == REGISTERED
 
 
+@pytest.mark.parametrize("action", ["default", "error"])
+def test_a_broken_package_is_a_warning_and_mergekit_works(action: str, forks: ForkServer) -> None:
+    broken = "import sys\nsys.modules['mergekit_ace.methods.catalogue'] = None\n"
+    filters = f"import warnings\nwarnings.simplefilter({action!r}, RuntimeWarning)\n"
+    status, output = forks.run(broken + filters + "from mergekit.merge_methods import get\nget('ties')\n")
+    assert status == 0, output
+    assert "RuntimeWarning: mergekit-ace could not register its merge methods: ModuleNotFoundError" in output
+    assert "Traceback" not in output
+
+
 def test_from_a_zip_archive_register_does_it(wheel: Path, forks: ForkServer) -> None:
     forget = "for name in [n for n in sys.modules if n.startswith('mergekit_ace')]: del sys.modules[name]\n"
     path = f"sys.path.insert(0, {str(wheel)!r})\n"

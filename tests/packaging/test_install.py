@@ -56,19 +56,6 @@ def test_start_is_silent_when_the_package_is_gone_but_the_startup_file_is_not(wh
     assert "_RegistryFinder" not in done.stdout
 
 
-@pytest.mark.parametrize("filters", [(), ("-W", "error::RuntimeWarning")], ids=["default", "warnings as errors"])
-def test_a_broken_package_is_a_warning(filters: tuple[str, ...], wheel: Path, tmp_path: Path) -> None:
-    environment = Environment.create(tmp_path / "environment")
-    environment.install(wheel)
-    (environment.site_packages / "mergekit_ace" / "methods" / "catalogue.py").write_text(
-        "raise OSError('no catalogue')"
-    )
-    done = environment.run(*filters, "-c", "from mergekit.merge_methods import get; print(get('ties').spec.name)")
-    assert done.stdout == "ties\n", done.stderr
-    assert "RuntimeWarning: mergekit-ace could not register its merge methods: OSError: no catalogue" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_command_line_starts_without_torch(installed: Environment) -> None:
     code = (
         "import sys; from mergekit_ace.cli import main\ntry: main(['--help'])\nfinally: print('torch' in sys.modules)"

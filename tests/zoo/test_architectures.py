@@ -16,8 +16,8 @@ from tests.zoo.forward import load_and_run
 # Llama, GPT-2, RoBERTa, Mixtral and Qwen3-MoE are held to more in tests/end_to_end.
 PLANNED = ("qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "mamba", "olmo", "t5", "qwen3-vision")
 RUN_ONLY = ("llama", "llama-tied", "gpt2", "roberta", "mixtral", "qwen3-moe")
-# What mergekit 0.1.5 cannot plan, or plans wrongly, its other command merges file by file. The mixtures hold each expert's
-# matrices apart on disk, where `mergekit-yaml` stacks them.
+# What mergekit 0.1.5 cannot plan, or plans wrongly, its other command merges file by file. The mixtures hold each
+# expert's matrices apart on disk, where `mergekit-yaml` stacks them.
 RAW = ("vit", "clip", "whisper", "gpt-neox", "bert", "gpt2", "mixtral", "qwen3-moe")
 
 # Initial values this small leave the activations of 16-bit models finite whatever the updates are.

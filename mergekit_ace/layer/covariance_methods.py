@@ -2,7 +2,8 @@
 
 | | second moment | numerator | divided by its trace | prior, refinement |
 | --- | --- | --- | --- | --- |
-| ACE | centered, `C_t^T C_t` | centered, `C_t` | in heterogeneous layers | yes |
+| ACE, published | centered, `C_t^T C_t` | centered, `C_t` | in heterogeneous layers | in heterogeneous layers |
+| ACE, default | `D_t^T D_t` | `D_t` | always | refined by disagreement, bounded in length |
 | ACTMat | `D_t^T D_t` | `D_t` | never | no |
 | WUDI | `D_t^T D_t` | `D_t` | always: its `||D_t||_F^2` is `tr D_t^T D_t` | no |
 
@@ -18,6 +19,23 @@ from mergekit_ace.layer.options import CovarianceOptions
 
 ACE_PUBLISHED = CovarianceOptions()
 """Xu et al., arXiv:2603.02945, Eqs. 5-19, at its program's epsilon."""
+
+ACE = CovarianceOptions(
+    epsilon="auto",
+    center_second_moment=False,
+    center_numerator=False,
+    heterogeneity="scale_free",
+    heterogeneity_threshold=0.0,
+    structural_prior=False,
+    refined="merge",
+    refinement_scale="disagreement",
+    length_bound=True,
+)
+"""What `merge_method: ace` does by default: no constant of any model family, and no dependence on the updates' unit.
+
+Identical experts give that expert, an expert and its copy count as one of twice the weight, and the merge is never
+farther from the base than the sum of as many orthogonal updates as the experts amount to.
+"""
 
 ACTMAT = CovarianceOptions(
     epsilon="auto",

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mergekit_ace.layer.agreement import effective_experts, mean_energy
 from mergekit_ace.layer.heterogeneity import heterogeneity
 from mergekit_ace.layer.normal_equations import solve
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.refinement import Refinement, spectral_refinement
 from mergekit_ace.layer.ridge import Regularized, relative_ridge
 from mergekit_ace.layer.task_vectors import TaskVectors
-from mergekit_ace.linalg.precision import require_full_float32
+from mergekit_ace.linalg.precision import require_full_float32, squared_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class LayerMerge:
         ridge: of the system, relative to the mean eigenvalue of what it regularizes; None when nothing was solved.
         condition: estimated condition number of the system; None unless `diagnostics` are wanted.
         refinement: level and number of the refined directions, None when there was none.
+        effective_experts: how many independent updates the experts' amount to; None where no option asks for it.
+        shortening: what the length bound multiplied the whole by, in `(0, 1]`.
     """
 
     task_vector: Tensor
@@ -38,6 +41,8 @@ class LayerMerge:
     ridge: float | None = None
     condition: float | None = None
     refinement: Refinement | None = None
+    effective_experts: float | None = None
+    shortening: float = 1.0
 
     def describe(self) -> str:
         """The facts above in one line, for a log."""
@@ -50,7 +55,11 @@ class LayerMerge:
         if self.condition is not None:
             line += f", condition {self.condition:.1e}"
         if self.refinement is not None:
-            line += f", {self.refinement.directions} directions refined to {self.refinement.level:.3g}"
+            line += f", {self.refinement.directions} directions refined by {self.refinement.level:.3g}"
+        if self.effective_experts is not None:
+            line += f", {self.effective_experts:.2g} independent experts"
+        if self.shortening < 1:
+            line += f", shortened to {self.shortening:.2f}"
         return line
 
 
@@ -78,14 +87,25 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
     happens = {"never": False, "heterogeneous": heterogeneous, "always": True}
     normalize = happens[options.trace_normalization]
     refine = happens[options.refinement] and int(options.spectral_fraction * min(task_vectors.shape)) > 0
-    solution = solve(task_vectors, options, normalize=normalize, with_residual=refine)
-    merged, refinement = solution.weight, None
-    if solution.residual is not None:
+    of_residual = options.refined == "residual"
+    solution = solve(task_vectors, options, normalize=normalize, with_residual=refine and of_residual)
+    independent = effective_experts(task_vectors) if options.asks_for_agreement else None
+    merged, refinement, shortening = solution.weight, None, 1.0
+    if refine:
         refinement = spectral_refinement(
-            solution.residual.add_(merged), options.spectral_fraction, column_basis=solution.column_basis
+            solution.residual.add_(merged) if solution.residual is not None else merged,
+            options.spectral_fraction,
+            scale=1 - 1 / independent if independent and options.refinement_scale == "disagreement" else 1.0,
+            column_basis=solution.column_basis,
         )
-        if refinement is not None:
-            merged = merged.add_(refinement.update)
+    if refinement is not None:
+        merged.add_(refinement.update)
+    if independent is not None and options.length_bound:
+        longest = (independent * mean_energy(task_vectors)) ** 0.5
+        length = squared_norm(merged) ** 0.5
+        shortening = min(1.0, longest / length) if length > 0 else 1.0
+        merged.mul_(shortening)
+        refinement = refinement and refinement.times_(shortening)
     return LayerMerge(
         task_vector=merged,
         heterogeneity=spread,
@@ -95,4 +115,6 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         ridge=relative_ridge(solution.regularized, task_vectors.shares, task_vectors.shape[1]),
         condition=solution.condition,
         refinement=refinement,
+        effective_experts=independent,
+        shortening=shortening,
     )

@@ -25,6 +25,12 @@ class CovarianceOptions:
         trace_normalization: when each second moment is divided by its trace (paper, Eqs. 8-10).
         refinement: when the spectrum is refined (paper, Eqs. 15-19).
         spectral_fraction: share of `min(m, n)` singular directions refined, in `[0, 1]`.
+        refined: what the spectrum is refined of: `residual`, `F = R + W0` (paper, Eq. 17), or the preliminary `merge`
+            alone.
+        refinement_scale: `full`, as in the paper, or `disagreement`: times `1 - 1 / T_eff`, nothing where all experts
+            agree and all but `1 / T` where their updates are orthogonal.
+        length_bound: shorten a merged task vector that is longer than the sum of `T_eff` orthogonal updates of mean
+            squared length would be. `T_eff` is `effective_experts`.
         structural_prior: add the collective structural prior (paper, Eqs. 11-13).
 
     Raises:
@@ -39,6 +45,9 @@ class CovarianceOptions:
     trace_normalization: When = "heterogeneous"
     refinement: When = "heterogeneous"
     spectral_fraction: float = 0.3
+    refined: Literal["residual", "merge"] = "residual"
+    refinement_scale: Literal["full", "disagreement"] = "full"
+    length_bound: bool = False
     structural_prior: bool = True
 
     def __post_init__(self) -> None:
@@ -48,6 +57,11 @@ class CovarianceOptions:
             raise ValueError(f"heterogeneity_threshold must be at least 0; got {self.heterogeneity_threshold!r}")
         if not 0 <= self.spectral_fraction <= 1:
             raise ValueError(f"spectral_fraction must lie in [0, 1]; got {self.spectral_fraction!r}")
+
+    @property
+    def asks_for_agreement(self) -> bool:
+        """Whether `effective_experts` is needed."""
+        return self.length_bound or self.refinement_scale == "disagreement"
 
     def is_heterogeneous(self, heterogeneity: float) -> bool:
         """The gate. A threshold of 0 means every layer, also one whose experts are equally strong."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -20,15 +20,22 @@ class Refinement:
     update: Tensor
     """`[m, n]`."""
 
+    def times_(self, factor: float) -> Refinement:
+        """The refinement scaled by `factor`; its update is scaled in place."""
+        return replace(self, level=factor * self.level, norm=factor * self.norm, update=self.update.mul_(factor))
 
-def spectral_refinement(structure: Tensor, fraction: float, *, column_basis: Tensor | None = None) -> Refinement | None:
-    """`mean(s_1..s_k) U_k V_k^T` of `F = R + W0`, with `k = floor(fraction * min(m, n))`; None when `k = 0`.
 
-    Source: ACE, arXiv:2603.02945, Eqs. 17-19.
+def spectral_refinement(
+    structure: Tensor, fraction: float, *, scale: float = 1.0, column_basis: Tensor | None = None
+) -> Refinement | None:
+    """`scale * mean(s_1..s_k) U_k V_k^T` of a matrix `F`, with `k = floor(fraction * min(m, n))`; None when `k = 0`.
+
+    Source: ACE, arXiv:2603.02945, Eqs. 17-19, with `F = R + W0` and a scale of 1.
 
     Args:
         structure: `F`, `[m, n]`, float32 or float64.
         fraction: share of directions, in `[0, 1]`.
+        scale: of the update.
         column_basis: `Q`, `[m, p]`, orthonormal, with `F = Q Q^T F` where that is known: the singular vectors are then
             found in `p` dimensions, and the directions beyond them have singular value zero.
     """
@@ -38,7 +45,7 @@ def spectral_refinement(structure: Tensor, fraction: float, *, column_basis: Ten
     if column_basis is not None:
         structure = column_basis.mT @ structure
     top = dominant_subspace(structure, min(k, min(structure.shape)))
-    level = float(top.singular_values.sum()) / k
+    level = scale * float(top.singular_values.sum()) / k
     update = top.partial_isometry if column_basis is None else column_basis @ top.partial_isometry
     # A partial isometry has as many unit singular values as it has directions.
     norm = level * float((top.singular_values > 0).sum()) ** 0.5

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mergekit_ace.layer.agreement import mean_energy
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.ridge import Regularized, fixed_ridge, shrunk_ridge
 from mergekit_ace.layer.task_vectors import TaskVectors
@@ -63,5 +64,4 @@ def prior_scale(task_vectors: TaskVectors, *, normalize: bool) -> float:
     """Factor of the mean row of the summed second moments: `1 / mean_t(a_t e_t)` when normalized, else 1."""
     if not normalize:
         return 1.0
-    weighted = zip(task_vectors.shares, task_vectors.energies, strict=True)
-    return len(task_vectors) / sum(share * energy for share, energy in weighted)
+    return 1 / mean_energy(task_vectors)

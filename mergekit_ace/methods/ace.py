@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, Literal
 
-from mergekit_ace.layer.covariance_methods import ACE_PUBLISHED
+from mergekit_ace.layer.covariance_methods import ACE, ACE_PUBLISHED
 from mergekit_ace.layer.merge import LayerMerge, merge_by_covariance
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.task_vectors import TaskVectors
@@ -15,14 +15,14 @@ from mergekit_ace.methods.parameters import Fraction, Positive, Threshold, param
 
 Preset = Literal["preset"]
 
-PRESETS: Mapping[str, CovarianceOptions] = {
-    "published": ACE_PUBLISHED,
-    "default": ACE_PUBLISHED,
-}
+PRESETS: Mapping[str, CovarianceOptions] = {"default": ACE, "published": ACE_PUBLISHED}
 
 
 class Ace(LayerwiseMethod):
     """ACE-Merging: least interference under each expert's own estimated input covariance.
+
+    `preset: published` is the paper's method at its program's epsilon. The default differs in what it takes from the
+    task vectors instead of from a person: see `mergekit_ace.layer.covariance_methods.ACE`.
 
     Source: Xu et al., "ACE-Merging: Data-Free Model Merging with Adaptive Covariance Estimation", CVPR 2026,
     arXiv:2603.02945.
@@ -73,6 +73,13 @@ class Ace(LayerwiseMethod):
             default="preset",
             requirement="true or false",
             description="add the collective structural prior",
+        ),
+        parameter(
+            "length_bound",
+            bool | Preset,
+            default="preset",
+            requirement="true or false",
+            description="keep the merge as near to the base as the sum of its independent updates would be",
         ),
     )
 

@@ -1,0 +1,74 @@
+"""What the default of `ace` promises whatever the experts are."""
+
+import math
+
+import pytest
+import torch
+
+from mergekit_ace.layer.agreement import effective_experts
+from mergekit_ace.layer.covariance_methods import ACE
+from mergekit_ace.layer.merge import merge_by_covariance
+from mergekit_ace.layer.task_vectors import Expert, TaskVectors
+from tests.layer.experts import adapter_updates, layer, steep_updates
+
+SHAPES = [(30, 50), (50, 30), (40, 40), (20, 200), (5, 1)]
+
+
+def weighted(updates: list[torch.Tensor], weights: list[float]) -> TaskVectors:
+    base = torch.zeros_like(updates[0])
+    return TaskVectors(
+        base,
+        [Expert(name=str(t), tensor=u, weight=w) for t, (u, w) in enumerate(zip(updates, weights, strict=True))],
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("count", [2, 5])
+def test_identical_experts_give_that_expert(shape: tuple[int, int], count: int) -> None:
+    update = steep_updates(*shape, 1)[0]
+    merged = merge_by_covariance(layer([update] * count), ACE)
+    torch.testing.assert_close(merged.task_vector, update, rtol=0, atol=1e-9 * float(update.abs().max()))
+    assert merged.effective_experts == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_an_expert_and_its_copy_are_one_of_twice_the_weight(shape: tuple[int, int]) -> None:
+    first, second = steep_updates(*shape, 2, spread=1.5)
+    copied = merge_by_covariance(weighted([first, first, second], [1.0, 1.0, 1.0]), ACE).task_vector
+    once = merge_by_covariance(weighted([first, second], [2.0, 1.0]), ACE).task_vector
+    torch.testing.assert_close(copied, once, rtol=0, atol=1e-9 * float(once.abs().max()))
+
+
+@pytest.mark.parametrize("factor", [0.01, 100.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_unit_of_the_updates_does_not_matter(shape: tuple[int, int], factor: float) -> None:
+    updates = steep_updates(*shape, 3, spread=3.0)
+    merged = merge_by_covariance(layer(updates), ACE).task_vector
+    scaled = merge_by_covariance(layer([factor * update for update in updates]), ACE).task_vector / factor
+    torch.testing.assert_close(scaled, merged, rtol=0, atol=1e-9 * float(merged.abs().max()))
+
+
+@pytest.mark.parametrize("updates", [steep_updates(60, 40, 6, spread=2.0), adapter_updates(280, 300, 4, rank=8)])
+def test_no_farther_from_the_base_than_the_independent_updates_reach(updates: list[torch.Tensor]) -> None:
+    task_vectors = layer(updates)
+    merged = merge_by_covariance(task_vectors, ACE)
+    assert merged.effective_experts is not None
+    longest = math.sqrt(merged.effective_experts * sum(task_vectors.energies) / len(task_vectors))
+    assert torch.linalg.norm(merged.task_vector) <= longest * (1 + 1e-9)
+    assert merged.shortening < 1
+
+
+def test_independent_updates_are_counted() -> None:
+    eye = torch.eye(6, dtype=torch.float64)
+    orthogonal = [torch.outer(eye[t], eye[t]) for t in range(4)]
+    zeros = torch.zeros(6, 6, dtype=torch.float64)
+    experts = [Expert(name=str(t), tensor=update) for t, update in enumerate(orthogonal)]
+    assert effective_experts(TaskVectors(zeros, experts)) == pytest.approx(4.0)
+    opposite = [Expert(name="up", tensor=orthogonal[0]), Expert(name="down", tensor=-orthogonal[0])]
+    assert effective_experts(TaskVectors(zeros, opposite)) == pytest.approx(4.0)
+
+
+def test_opposite_experts_cancel() -> None:
+    update = steep_updates(30, 20, 1)[0]
+    merged = merge_by_covariance(layer([update, -update], base_scale=0.0), ACE).task_vector
+    assert torch.linalg.norm(merged) < 1e-9 * torch.linalg.norm(update)

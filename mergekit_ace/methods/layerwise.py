@@ -69,8 +69,9 @@ class LayerwiseMethod(GroupMergeMethod):
         """What the merged task vector is multiplied by: `lambda`, unless the method has another use for it."""
         return float(parameters["lambda"])
 
+    @torch.no_grad()
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
-        """Merge one tensor; called by mergekit.
+        """Merge one tensor; called by mergekit. The result is in no autograd graph, should the inputs be in one.
 
         Returns:
             A tensor of the base's shape and dtype in storage of its own, rounded once.

@@ -117,6 +117,14 @@ def test_inputs_are_read_through_any_view_and_never_written(case: Case) -> None:
 
 
 @EVERY
+def test_parameters_of_a_module_may_be_merged(case: Case) -> None:
+    base, experts = drawn(3, 8, 6)
+    expected = case.merge(base, experts)
+    trainable = [torch.nn.Parameter(tensor) for tensor in (base, *experts)]
+    assert torch.equal(case.merge(trainable[0], trainable[1:]).detach(), expected)
+
+
+@EVERY
 @pytest.mark.parametrize("shape", [(9, 16), (16, 9)], ids=["wide", "tall"])
 def test_the_order_of_the_experts_does_not_matter(case: Case, shape: tuple[int, int]) -> None:
     base, experts = drawn(4, *shape)

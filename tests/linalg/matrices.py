@@ -15,7 +15,11 @@ def spd(size: int, *, condition: float, seed: int = 0) -> Tensor:
     return (vectors * torch.logspace(0, -torch.tensor(condition).log10().item(), size, dtype=torch.float64)) @ vectors.T
 
 
+def of_spectrum(m: int, n: int, values: Tensor, *, seed: int = 0) -> Tensor:
+    """`[m, n]` of these singular values, all others zero."""
+    return (_orthonormal(m, len(values), seed) * values) @ _orthonormal(n, len(values), seed + 1).T
+
+
 def of_rank(m: int, n: int, rank: int, *, seed: int = 0, decay: float = 1.0) -> Tensor:
     """`[m, n]` of exactly that rank; the i-th singular value is `i ** -decay`."""
-    values = torch.arange(1, rank + 1, dtype=torch.float64) ** -decay
-    return (_orthonormal(m, rank, seed) * values) @ _orthonormal(n, rank, seed + 1).T
+    return of_spectrum(m, n, torch.arange(1, rank + 1, dtype=torch.float64) ** -decay, seed=seed)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ace.linalg.subspace import dominant_subspace, polar_factor, rounding_floor, singular_triples
+from tests.linalg.matrices import of_spectrum
 
 SHAPES = pytest.mark.parametrize("shape", [(12, 30), (30, 12), (20, 20), (1, 9), (9, 1)], ids=str)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -12,18 +13,9 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=st
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-12}
 
 
-def with_spectrum(values: Tensor, shape: tuple[int, int], seed: int = 0) -> Tensor:
-    """`[m, n]`, float64, of the singular values given and random singular vectors."""
-    generator = torch.Generator().manual_seed(seed)
-    left, right = (
-        torch.linalg.qr(torch.randn(size, len(values), dtype=torch.float64, generator=generator)).Q for size in shape
-    )
-    return left @ torch.diag(values) @ right.T
-
-
 def steep(shape: tuple[int, int]) -> Tensor:
     """Three orders of magnitude, as task vectors have."""
-    return with_spectrum(torch.logspace(0, -3, min(shape), dtype=torch.float64), shape)
+    return of_spectrum(*shape, torch.logspace(0, -3, min(shape), dtype=torch.float64))
 
 
 @SHAPES
@@ -63,7 +55,7 @@ def test_the_partial_isometry_is_that_of_the_svd(shape: tuple[int, int], dtype: 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12)], ids=str)
 def test_directions_beyond_the_rank_are_left_out(shape: tuple[int, int], dtype: torch.dtype) -> None:
     values = torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)
-    exact = with_spectrum(values, shape)
+    exact = of_spectrum(*shape, values)
     matrix = exact.to(dtype)
     triples = singular_triples(matrix, 10)
     torch.testing.assert_close(triples.singular_values, values, rtol=1e-6, atol=0)
@@ -79,7 +71,7 @@ def test_directions_beyond_the_rank_are_left_out(shape: tuple[int, int], dtype: 
 
 @DTYPES
 def test_what_lies_below_the_floor_is_no_direction(dtype: torch.dtype) -> None:
-    matrix = with_spectrum(torch.tensor([1e-9, 1e-11], dtype=torch.float64), (6, 8)).to(dtype)
+    matrix = of_spectrum(6, 8, torch.tensor([1e-9, 1e-11], dtype=torch.float64)).to(dtype)
     assert len(singular_triples(matrix, 6).singular_values) == 2
     assert len(singular_triples(matrix, 6, floor=1e-10).singular_values) == 1
     assert len(singular_triples(matrix, 6, floor=1e-8).singular_values) == 0

@@ -9,7 +9,6 @@ from mergekit_ace.layer.solution import Solution, add_prior_, prior_scale, regul
 from mergekit_ace.layer.task_vectors import TaskVectors
 from mergekit_ace.linalg.cholesky import cholesky_factor, solve_right
 from mergekit_ace.linalg.conditioning import condition_number
-from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.linalg.symmetric import add_gram_upper_, add_to_diagonal_, gram, mirror_upper_
 
 
@@ -47,7 +46,7 @@ def solve_dense(
             rows.sub_(mean_row)
         wide = m < n
         smaller = gram(rows.mT if wide else rows)
-        proxy = regularize(task_vectors, t, options, normalize=normalize, squared=squared_norm(smaller))
+        proxy = regularize(task_vectors, t, options, normalize=normalize, gram_side=smaller)
         regularized.append(proxy)
         weight = share * proxy.scale
         if wide:

@@ -67,7 +67,7 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
     """Merge one weight matrix by second-order proxies of the experts' inputs (ACE, arXiv:2603.02945, Eqs. 5-19).
 
     Experts without information in the layer were left out by `TaskVectors`. With none left the merged task vector is
-    zero, with one it is that expert's, exactly.
+    zero, with one it is that expert's, exactly. Where every update is the same in all rows, it is their mean.
 
     Args:
         task_vectors: of one `[m, n]` weight.
@@ -81,6 +81,9 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         return LayerMerge(task_vector=task_vectors.base.new_zeros(task_vectors.shape, dtype=task_vectors.dtype))
     if len(task_vectors) == 1:
         return LayerMerge(task_vector=task_vectors.task_vector(0))
+    if options.center_second_moment and not any(measured.centered_energy for measured in task_vectors.statistics):
+        # All rows of every update are equal: no second moment to weigh the experts by, and centering would lose them.
+        return LayerMerge(task_vector=task_vectors.sum().div_(len(task_vectors)))
     require_full_float32()
     spread = heterogeneity(task_vectors.energies, options.heterogeneity)
     heterogeneous = options.is_heterogeneous(spread)

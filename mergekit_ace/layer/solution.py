@@ -10,6 +10,7 @@ from mergekit_ace.layer.agreement import mean_energy
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.ridge import Regularized, fixed_ridge, shrunk_ridge
 from mergekit_ace.layer.task_vectors import TaskVectors
+from mergekit_ace.linalg.precision import squared_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +30,19 @@ class Solution:
 
 
 def regularize(
-    task_vectors: TaskVectors, t: int, options: CovarianceOptions, *, normalize: bool, squared: float
+    task_vectors: TaskVectors, t: int, options: CovarianceOptions, *, normalize: bool, gram_side: Tensor
 ) -> Regularized:
-    """Scale and ridge of expert `t`; `squared` is `||G_t||_F^2`, which the smaller Gram side has too.
+    """Scale and ridge of expert `t`.
 
     An expert whose rows are all equal has no centered second moment: where that would be divided by its trace, or its
     ridge taken from it, it is left out.
+
+    Args:
+        task_vectors: of the layer.
+        t: which expert.
+        options: fixed ridge or shrinkage.
+        normalize: divide by the trace.
+        gram_side: `G_t` or the smaller `X_t X_t^T`, which has the same eigenvalues but for zeros.
     """
     measured = task_vectors.statistics[t]
     m, n = task_vectors.shape
@@ -42,6 +50,7 @@ def regularize(
     if trace == 0 and (normalize or options.epsilon == "auto"):
         return Regularized(scale=0.0, ridge=0.0, trace=0.0)
     if options.epsilon == "auto":
+        squared = squared_norm(gram_side)
         samples = m - 1 if options.center_second_moment else m
         return shrunk_ridge(trace=trace, squared_norm=squared, samples=samples, dimensions=n, normalize=normalize)
     return fixed_ridge(options.epsilon, trace=trace, normalize=normalize)

@@ -22,7 +22,6 @@ from mergekit_ace.layer.solution import Solution, add_prior_, prior_scale, regul
 from mergekit_ace.layer.task_vectors import TaskVectors
 from mergekit_ace.linalg.cholesky import cholesky_factor, solve_right
 from mergekit_ace.linalg.conditioning import largest_eigenvalue
-from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.linalg.symmetric import add_to_diagonal_, gram
 
 
@@ -49,9 +48,7 @@ def solve_stacked_rows(
     rows, experts = factors.rows, factors.experts
     inner = gram(rows.mT)
     regularized = tuple(
-        regularize(
-            task_vectors, t, options, normalize=normalize, squared=squared_norm(inner[rows_t.block, rows_t.block])
-        )
+        regularize(task_vectors, t, options, normalize=normalize, gram_side=inner[rows_t.block, rows_t.block])
         for t, rows_t in enumerate(experts)
     )
     shares = task_vectors.shares

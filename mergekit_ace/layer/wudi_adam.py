@@ -12,7 +12,6 @@ from mergekit_ace.linalg.precision import require_full_float32
 from mergekit_ace.linalg.symmetric import add_gram_upper_, gram, mirror_upper_
 
 
-@torch.no_grad()  # the steps are no part of a graph, should the weights be in one
 def descend_interference(task_vectors: TaskVectors, *, steps: int, learning_rate: float) -> Tensor:
     """Adam on `sum_t a_t ||(X - D_t) D_t^T||_F^2 / ||D_t||_F^2`, from `X = sum_t a_t D_t`, stopped after `steps`.
 

@@ -8,6 +8,7 @@ import torch
 from mergekit_ace.layer.agreement import effective_experts
 from mergekit_ace.layer.covariance_methods import ACE
 from mergekit_ace.layer.merge import merge_by_covariance
+from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.task_vectors import Expert, TaskVectors
 from tests.layer.experts import adapter_updates, layer, steep_updates
 
@@ -72,3 +73,12 @@ def test_opposite_experts_cancel() -> None:
     update = steep_updates(30, 20, 1)[0]
     merged = merge_by_covariance(layer([update, -update], base_scale=0.0), ACE).task_vector
     assert torch.linalg.norm(merged) < 1e-9 * torch.linalg.norm(update)
+
+
+@pytest.mark.parametrize("options", [ACE, CovarianceOptions(), CovarianceOptions(heterogeneity_threshold=0.0)])
+def test_updates_without_a_centered_second_moment_are_not_lost(options: CovarianceOptions) -> None:
+    rows = torch.randn(2, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    task_vectors = layer([row.expand(20, 30) for row in rows], base_scale=0.0)
+    merged = merge_by_covariance(task_vectors, options).task_vector
+    assert bool(torch.isfinite(merged).all())
+    assert torch.linalg.norm(merged) > 0.5 * torch.linalg.norm(task_vectors.sum() / 2)

@@ -1,4 +1,5 @@
 # make test     everything that must hold, in an environment of its own (.venv)
+# make test-browser   the inspection's page, in Chromium
 # make clean    remove that environment
 
 PYTHON ?= python3
@@ -8,11 +9,14 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test lint install clean
+.PHONY: test test-browser lint install clean
 .DEFAULT_GOAL := test
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-browser: install
+	$(BIN)/python -m pytest -m browser
 
 lint: install
 	$(BIN)/ruff check .

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-import mergekit_ace
 from mergekit_ace.cli.extras import require
 from mergekit_ace.recipe.check import Examination, check_recipe
 from mergekit_ace.recipe.cost import gigabytes
@@ -31,7 +30,6 @@ def check(merge_options: MergeOptions, config_file: Path, strict: bool) -> None:
       2  the command line is wrong
     """
     require("rich")
-    mergekit_ace.register()
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     examination = check_recipe(config_file, merge_options)
     _show(examination)

@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
-import mergekit_ace
 from mergekit_ace.cli.extras import require
 from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.plan import Plan, planned, read_recipe
@@ -73,7 +72,6 @@ def inspect(
       130  interrupted
     """
     require("rich", *(["matplotlib"] if html_file or png_folder else []))
-    mergekit_ace.register()
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     try:
         with planned(read_recipe(config_file), merge_options) as plan:

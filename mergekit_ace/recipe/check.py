@@ -52,7 +52,7 @@ def check_recipe(file: Path, options: MergeOptions | None = None) -> Examination
         recipe = read_recipe(file)
     except RecipeError as error:
         return Examination(findings=(_unplannable(error),), cost=None)
-    findings = [*check_keys(recipe.document), *check_tokenizers(recipe)]
+    findings = [*check_keys(recipe.document), *check_parameters(recipe.config), *check_tokenizers(recipe)]
     obstacles = list(_obstacles(recipe, options))
     findings += obstacles
     if any(finding.level == "error" for finding in obstacles):
@@ -74,7 +74,6 @@ def _obstacles(recipe: Recipe, options: MergeOptions) -> Iterator[Finding]:
 
 
 def _of_plan(plan: Plan) -> Iterator[Finding]:
-    yield from check_parameters(plan.recipe.config, plan.method)
     yield from check_filters(plan)
     yield from check_tensors(plan)
     yield from check_precision(plan)

@@ -31,6 +31,7 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer
 
+from mergekit_ace import register
 from mergekit_ace.recipe.failures import RecipeError, message_of
 from mergekit_ace.recipe.headers import TensorHeader, read_headers
 
@@ -53,6 +54,7 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: it cannot be read, is not YAML, or mergekit does not accept it.
     """
+    register()  # a no-op where the startup hook has run
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

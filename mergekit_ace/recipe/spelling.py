@@ -17,7 +17,6 @@ from mergekit.config import (
     OutputSliceDefinition,
     ParameterSetting,
 )
-from mergekit.merge_methods import MergeMethod
 from mergekit.merge_methods.base import ParameterScope
 from mergekit.merge_methods.registry import registered_methods
 from mergekit.tokenizer.config import TokenizerConfig
@@ -74,8 +73,11 @@ def check_keys(document: Mapping[str, Any]) -> Iterator[Finding]:
             yield from _unread_in_slices(module.get("slices"), f"modules.{name}.slices")
 
 
-def check_parameters(config: MergeConfiguration, method: MergeMethod) -> Iterator[Finding]:
+def check_parameters(config: MergeConfiguration) -> Iterator[Finding]:
     """Parameters that the method does not know, or that stand where nothing reads them."""
+    method = next((method for method in registered_methods() if method.spec.name == config.merge_method), None)
+    if method is None:
+        return
     known = {parameter.name: parameter for parameter in method.spec.parameters}
     for block in settings_of(config):
         for name in block.values:

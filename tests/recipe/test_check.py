@@ -1,0 +1,251 @@
+"""What `check_recipe` finds in recipes and checkpoints spoiled on purpose; in sound ones, nothing."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file, save_file
+
+from mergekit_ace.recipe.check import Examination, check_recipe
+from mergekit_ace.recipe.checkpoints import check_files
+from mergekit_ace.recipe.findings import Level
+from mergekit_ace.recipe.plan import read_recipe
+from tests.checkpoints import Suite, Update, add_adapter, make_suite, save_tokenizer
+from tests.report.recipes import document, write
+
+# Updates small beside the weights, as those of a fine-tune are.
+SMALL = 0.05
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    return make_suite("llama", tmp_path_factory.mktemp("llama"), experts=2, update=Update.EVEN, scale=SMALL)
+
+
+def examine(recipe: dict[str, Any], folder: Path, **options: Any) -> Examination:
+    return check_recipe(write(recipe, folder / "recipe.yml"), MergeOptions(**options))
+
+
+def found(examination: Examination, level: Level) -> list[str]:
+    return [f"{finding.what} | {finding.remedy}" for finding in examination.findings if finding.level == level]
+
+
+def copy(suite: Suite, folder: Path) -> Path:
+    return Path(shutil.copytree(suite.experts[0].path, folder / "expert"))
+
+
+def with_expert(suite: Suite, expert: Path | str, **entries: Any) -> dict[str, Any]:
+    models = [{"model": str(expert)}, {"model": str(suite.experts[1].path)}]
+    return document(suite, models=models, **entries)
+
+
+def edit_config(model: Path, **entries: Any) -> None:
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def test_a_sound_recipe_has_no_findings_and_a_cost(llama: Suite, tmp_path: Path) -> None:
+    examination = examine(document(llama), tmp_path)
+    assert examination.findings == ()
+    size = sum(tensor.nbytes for tensor in load_file(llama.base.path / "model.safetensors").values())
+    assert examination.cost is not None
+    assert examination.cost.read == 3 * size
+    assert examination.cost.written == size
+    assert examination.cost.seconds is not None
+    assert 0 < examination.cost.seconds < 60
+    assert examination.cost.workspace < examination.cost.memory
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        (
+            {"parameters": {"epsilom": 1}},
+            "no parameter 'epsilom'; mergekit ignores it in silence | Did you mean epsilon?",
+        ),
+        ({"paramters": {}}, "mergekit does not read 'paramters' in the recipe | Did you mean parameters?"),
+        ({"merge_method": "acee"}, "got 'acee' | Did you mean ace?"),
+        ({"parameters": {"epsilon": -1}}, "parameter epsilon must be a finite number above 0, or 'auto'; got -1"),
+    ],
+)
+def test_misspellings_are_errors_with_the_nearest_name(
+    llama: Suite, entries: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    assert [words in text for text in found(examine(document(llama, **entries), tmp_path), "error")] == [True]
+
+
+def test_parameters_where_nobody_reads_them(llama: Suite, tmp_path: Path) -> None:
+    recipe = document(llama)
+    recipe["models"][0]["parameters"] = {"epsilon": 1.0, "weight": 2.0}
+    recipe["models"].append({"model": str(llama.base.path), "parameters": {"weight": 1.0}})
+    examination = examine(recipe, tmp_path)
+    assert ["epsilon is one value for all models" in text for text in found(examination, "error")] == [True]
+    assert ["weight has no effect on the base" in text for text in found(examination, "warning")] == [True]
+
+
+def test_filters_that_match_nothing_or_are_never_reached(llama: Suite, tmp_path: Path) -> None:
+    filters = [
+        {"filter": "mlpp", "value": 1.0},
+        {"filter": "self_attn", "value": 2.0},
+        {"value": 3.0},
+        {"filter": "mlp", "value": 4.0},
+    ]
+    warnings = found(examine(document(llama, parameters={"epsilon": filters}), tmp_path), "warning")
+    assert len(warnings) == 2
+    assert "'mlpp' of epsilon matches no tensor | Did you mean mlp?" in warnings[0]
+    assert "'mlp' of epsilon is never reached" in warnings[1]
+
+
+def test_models_and_files_that_are_missing_or_cut_short(llama: Suite, tmp_path: Path) -> None:
+    (error,) = found(examine(with_expert(llama, tmp_path / "nowhere"), tmp_path), "error")
+    assert f"{tmp_path / 'nowhere'} must be a folder" in error
+    expert = copy(llama, tmp_path)
+    file = expert / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1000])
+    (error,) = found(examine(with_expert(llama, expert), tmp_path), "error")
+    assert f"{expert} cannot be read" in error
+    assert "incomplete metadata" in error
+    file.unlink()
+    (error,) = found(examine(with_expert(llama, expert), tmp_path), "error")
+    assert "Unable to find model files" in error
+    file.write_bytes(whole)
+    (expert / "config.json").unlink()
+    (error,) = found(examine(with_expert(llama, expert), tmp_path), "error")
+    assert "must hold config.json" in error
+
+
+def test_a_model_that_is_not_on_this_disk_may_be_on_the_hub(llama: Suite, tmp_path: Path) -> None:
+    recipe = read_recipe(write(with_expert(llama, "somebody/some-model"), tmp_path / "recipe.yml"))
+    (finding,) = check_files(recipe, MergeOptions())
+    assert finding.level == "hint"
+    assert "somebody/some-model is not on this disk" in finding.what
+
+
+def test_experts_that_are_the_base_and_experts_of_another(llama: Suite, tmp_path: Path) -> None:
+    twin = Path(shutil.copytree(llama.base.path, tmp_path / "twin"))
+    (error,) = found(examine(with_expert(llama, twin), tmp_path), "error")
+    assert f"{twin} equals the base in every tensor" in error
+    stranger = make_suite("llama", tmp_path / "stranger", experts=1, seed=7, update=Update.EVEN, scale=SMALL)
+    (error,) = found(examine(with_expert(llama, stranger.experts[0].path), tmp_path), "error")
+    assert "is no fine-tune of the base" in error
+
+
+def test_one_changed_tensor_makes_an_expert(llama: Suite, tmp_path: Path) -> None:
+    expert = Path(shutil.copytree(llama.base.path, tmp_path / "expert"))
+    tensors = load_file(expert / "model.safetensors")
+    tensors["model.norm.weight"][3] += 0.5
+    save_file(tensors, expert / "model.safetensors", metadata={"format": "pt"})
+    assert examine(with_expert(llama, expert), tmp_path).findings == ()
+
+
+def test_configurations_that_differ(llama: Suite, tmp_path: Path) -> None:
+    expert = copy(llama, tmp_path)
+    edit_config(expert, num_attention_heads=8)
+    (error,) = found(examine(with_expert(llama, expert), tmp_path), "error")
+    assert "must have the base's num_attention_heads 4; got 8" in error
+    edit_config(expert, num_attention_heads=4, hidden_act="gelu")
+    (warning,) = found(examine(with_expert(llama, expert), tmp_path), "warning")
+    assert "hidden_act gelu where the base has silu" in warning
+    edit_config(expert, hidden_act="silu", architectures=["MistralForCausalLM"])
+    (error,) = found(examine(with_expert(llama, expert), tmp_path), "error")
+    assert "the base's architecture LlamaForCausalLM; got MistralForCausalLM" in error
+
+
+def test_tensors_that_are_missing_or_of_another_shape(llama: Suite, tmp_path: Path) -> None:
+    expert = copy(llama, tmp_path)
+    tensors = load_file(expert / "model.safetensors")
+    gone = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, expert / "model.safetensors", metadata={"format": "pt"})
+    (error,) = found(examine(with_expert(llama, expert), tmp_path), "error")
+    assert "lacks model.layers.1.mlp.up_proj.weight" in error
+    tensors["model.layers.1.mlp.up_proj.weight"] = gone[:-1].clone()
+    save_file(tensors, expert / "model.safetensors", metadata={"format": "pt"})
+    (error,) = found(examine(with_expert(llama, expert), tmp_path), "error")
+    assert "(47, 32) for (48, 32)" in error
+
+
+def test_vocabularies_that_differ(llama: Suite, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(llama.base.path, tmp_path / "base"))
+    expert = copy(llama, tmp_path)
+    save_tokenizer(base, 96)
+    save_tokenizer(expert, 95, added=["<new>"])
+    recipe = with_expert(llama, expert) | {"base_model": str(base)}
+    (warning,) = found(examine(recipe, tmp_path), "warning")
+    assert "1 tokens more, 1 fewer, 0 with another number" in warning
+    assert "tokenizer: {source: base}" in warning
+    assert found(examine(recipe | {"tokenizer": {"source": "base"}}, tmp_path), "warning") == []
+
+
+def test_rows_beyond_the_bases_vocabulary_need_a_tokenizer(llama: Suite, tmp_path: Path) -> None:
+    expert = copy(llama, tmp_path)
+    tensors = load_file(expert / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.cat([tensors[name], tensors[name][:1]])
+    save_file(tensors, expert / "model.safetensors", metadata={"format": "pt"})
+    (error,) = found(examine(with_expert(llama, expert), tmp_path), "error")
+    assert "has a vocabulary of another size" in error
+    assert "tokenizer: {source: base}" in error
+
+
+def test_settings_that_cost_quality(llama: Suite, tmp_path: Path) -> None:
+    recipe = document(llama, dtype="bfloat16", parameters={"embeddings": "ace"})
+    tables, precision = sorted(found(examine(recipe, tmp_path), "warning"), key=lambda text: "float32" in text)
+    assert "dtype: float32 and out_dtype: bfloat16" in precision
+    assert "model.embed_tokens.weight, lm_head.weight: embedding tables or heads merged by ace" in tables
+
+
+def test_conv1d_layers_want_their_input_axis_first(tmp_path: Path) -> None:
+    suite = make_suite("gpt2", tmp_path, experts=2, update=Update.EVEN, scale=SMALL)
+    assert ["(Conv1D)" in text for text in found(examine(document(suite, parameters={}), tmp_path), "warning")] == [
+        True
+    ]
+    assert ["as the authors" in text for text in found(examine(document(suite), tmp_path), "hint")] == [True]
+    filters = [{"filter": name, "value": "first"} for name in ("c_attn", "c_proj", "c_fc")]
+    turned = document(suite, parameters={"input_axis": [*filters, {"value": "last"}]})
+    assert examine(turned, tmp_path).findings == ()
+
+
+def test_an_input_axis_first_that_does_not_belong(llama: Suite, tmp_path: Path) -> None:
+    (warning,) = found(examine(document(llama, parameters={"input_axis": "first"}), tmp_path), "warning")
+    assert "though this family stores its matrices [out, in]" in warning
+
+
+def test_adapters_are_checked_without_being_merged(llama: Suite, tmp_path: Path) -> None:
+    adapters = [add_adapter(llama.base.path, tmp_path / f"a{t}", rank=2, targets=["q_proj"], seed=t) for t in range(2)]
+    recipe = document(llama, models=[{"model": f"{llama.base.path}+{adapter}"} for adapter in adapters])
+    errors = found(examine(recipe, tmp_path), "error")
+    assert len(errors) == 2
+    assert all("--lora-merge-cache" in error for error in errors)
+    cache = tmp_path / "cache"
+    examination = examine(recipe, tmp_path, lora_merge_cache=str(cache), lora_merge_dtype="float32")
+    assert examination.findings == ()
+    assert examination.cost is not None
+    assert not cache.exists()
+
+
+def test_an_adapter_of_another_base(llama: Suite, tmp_path: Path) -> None:
+    adapter = add_adapter(llama.base.path, tmp_path / "adapter", rank=2, targets=["q_proj"])
+    other = Path(shutil.copytree(llama.base.path, tmp_path / "other"))
+    recipe = document(llama, base_model=str(other), models=[{"model": f"{other}+{adapter}"}])
+    (warning,) = found(
+        examine(recipe, tmp_path, lora_merge_cache=str(tmp_path / "cache"), lora_merge_dtype="float32"), "warning"
+    )
+    assert "was trained on" in warning
+
+
+def test_mergekits_own_methods_are_checked_too(llama: Suite, tmp_path: Path) -> None:
+    recipe = document(llama, merge_method="ties", parameters={"densty": 0.5})
+    examination = examine(recipe, tmp_path)
+    unknown, missing = found(examination, "error")
+    assert "Did you mean density?" in unknown
+    assert "Missing required parameter weight" in missing
+    recipe["parameters"] = {"density": 0.5, "weight": 1.0}
+    examination = examine(recipe, tmp_path)
+    assert examination.findings == ()
+    assert examination.cost is not None
+    assert examination.cost.seconds is None

@@ -58,6 +58,8 @@ def _layer_cells(layer: LayerReport) -> dict[str, _Cell]:
         "ridge": layer.ridge,
         "condition": layer.condition,
         "refined_directions": layer.refined_directions,
+        "effective_experts": layer.effective_experts,
+        "shortening": layer.shortening,
         "merged_norm": merged.norm if merged else None,
         "merged_relative_norm": merged.relative_norm if merged else None,
         "top_energy_before": merged.top_energy_before if merged else None,

@@ -16,7 +16,7 @@ from mergekit_ace import __version__
 from mergekit_ace.layer.diagnostics import diagnostics
 from mergekit_ace.layer.merge import LayerMerge
 from mergekit_ace.layer.options import CovarianceOptions
-from mergekit_ace.layer.task_vectors import Expert, TaskVectors
+from mergekit_ace.layer.task_vectors import Expert, TaskVectors, require_finite_base
 from mergekit_ace.methods.ace import Ace
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.policy import Treatment
@@ -111,6 +111,9 @@ def _layers(plan: Plan, layer: LayerReport, inputs: Inputs, mode: Mode) -> Itera
     experts = [Expert(name=str(e.id), tensor=e.tensor, weight=weights[e.id]) for e in group.non_base]
     treated = method.treat(layer.name, base.shape, group.metadata.vocabulary_axis, inputs.parameters)
     layer = replace(layer, reason=treated.reason)
+    if treated.kind == "buffer":
+        yield replace(layer, branch="copied")
+        return
     if treated.kind in ("average", "base"):
         yield _unsolved(layer, treated, base, experts)
         return
@@ -153,6 +156,7 @@ def _matrix(
 def _unsolved(layer: LayerReport, treated: Treatment, base: Tensor, experts: Sequence[Expert]) -> LayerReport:
     averaged = treated.kind == "average"
     columns = [_column(expert) for expert in experts]
+    require_finite_base(base, name=layer.name)
     try:
         task_vectors = TaskVectors(base.reshape(-1, 1), columns, name=layer.name)
     except ValueError:

@@ -29,6 +29,8 @@ class Measured:
     ridge: float | None = None
     condition: float | None = None
     refined_directions: int | None = None
+    effective_experts: float | None = None
+    shortening: float | None = None
     merged: Merged | None = None
 
 
@@ -53,9 +55,12 @@ def measure_norms(task_vectors: TaskVectors, options: CovarianceOptions | None) 
     measured = replace(measured, branch="heterogeneous" if heterogeneous else "homogeneous", gate=gate)
     if options.epsilon == "auto":  # needs the second moments themselves
         return measured
-    proxies = [fixed_ridge(options.epsilon, trace=trace, normalize=heterogeneous) for trace in traces if trace > 0]
-    shares = [share for share, trace in zip(task_vectors.shares, traces, strict=True) if trace > 0]
-    return with_ridge(measured, proxies, shares, task_vectors) if len(proxies) == len(traces) else measured
+    own = traces if options.center_second_moment else list(task_vectors.energies)
+    if not all(own):
+        return measured
+    normalize = {"never": False, "heterogeneous": heterogeneous, "always": True}[options.trace_normalization]
+    proxies = [fixed_ridge(options.epsilon, trace=trace, normalize=normalize) for trace in own]
+    return with_ridge(measured, proxies, task_vectors.shares, task_vectors)
 
 
 def measure_merge(measured: Measured, task_vectors: TaskVectors, layer: LayerMerge, scale: float) -> Measured:
@@ -87,6 +92,8 @@ def measure_merge(measured: Measured, task_vectors: TaskVectors, layer: LayerMer
         experts=tuple(experts),
         condition=layer.condition,
         refined_directions=layer.refinement.directions if layer.refinement else None,
+        effective_experts=layer.effective_experts,
+        shortening=layer.shortening if layer.heterogeneity is not None else None,
         merged=_merged(task_vectors, merged, layer, scale),
     )
 

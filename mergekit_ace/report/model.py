@@ -108,8 +108,8 @@ class LayerReport:
     """As stored."""
     branch: Branch
     """What the merge does: `heterogeneous` or `homogeneous` (ACE, by its gate), `method` (a method without a gate),
-    `single expert` (its task vector as it is), `frozen` (no expert changed it), `average`, `base`, `copied` (not
-    floating point) or `failed` (see `error`)."""
+    `single expert` (its task vector as it is), `frozen` (no expert changed it), `average`, `base`, `copied` (a
+    buffer) or `failed` (see `error`)."""
     reason: str
     """Why."""
     experts: tuple[ExpertReport, ...] = ()
@@ -126,6 +126,10 @@ class LayerReport:
     """Estimated condition number of that system."""
     refined_directions: int | None = None
     """How many singular directions are lifted to a common level."""
+    effective_experts: float | None = None
+    """How many independent updates the experts' amount to; None where the method does not ask."""
+    shortening: float | None = None
+    """What the length bound multiplied the merged task vector by; None where there was no solve."""
     merged: Merged | None = None
     interference: Interference | None = None
     seconds: float = 0.0

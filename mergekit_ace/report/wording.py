@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from mergekit_ace.report.model import Branch
 
 BRANCH_MEANING: Mapping[Branch, str] = {
-    "heterogeneous": "trace-normalized, spectrum refined",
-    "homogeneous": "solved as they are",
+    "heterogeneous": "above the threshold: normalized and refined",
+    "homogeneous": "below the threshold: solved as they are",
     "method": "merged by the method",
     "single expert": "one expert changed it: its update, exactly",
     "frozen": "no expert changed it: the base, bit for bit",
     "average": "base plus the mean update",
     "base": "kept as in the base",
-    "copied": "not floating point",
+    "copied": "a buffer, not a weight",
     "failed": "the merge would stop here",
 }
 

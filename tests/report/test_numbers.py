@@ -168,6 +168,23 @@ def test_the_merge_itself_has_the_reported_norms(suite: Suite, recipe: Path, rep
             assert change == 0
 
 
+def test_the_default_preset_is_reported_as_it_merges(suite: Suite, tmp_path: Path) -> None:
+    settings = document(suite, parameters={})
+    merged = read_tensors(mergekit_yaml(settings, tmp_path / "merged"))
+    found = inspect_recipe(write(settings, tmp_path / "recipe.yml"))
+    for layer in solved(found):
+        assert layer.merged is not None
+        change = merged[layer.name].double() - suite.base.tensors[layer.name].double()
+        assert layer.merged.norm == close(float(change.norm()))
+        assert layer.merged.top_energy == close(top_share(torch.linalg.svdvals(change)))
+        updates = deltas(suite, layer.name).values()
+        energies = torch.stack([delta.square().sum() for delta in updates])
+        mean = sum(updates) / len(updates)
+        assert layer.effective_experts == close(float(energies.mean() / mean.square().sum()))
+        assert layer.shortening is not None
+        assert 0 < layer.shortening <= 1
+
+
 def test_the_fast_pass_agrees_with_the_full_one(recipe: Path, report: Report) -> None:
     fast = inspect_recipe(recipe, mode="fast")
     for quick, full in zip(fast.layers, report.layers, strict=True):

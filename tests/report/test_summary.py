@@ -1,6 +1,8 @@
 """Counting, ranking and advising, on reports whose answer is known; and names cut short."""
 
 import dataclasses
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -123,3 +125,19 @@ def test_spectra_are_thinned_from_end_to_end() -> None:
 )
 def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text
+
+
+def test_measuring_needs_neither_matplotlib_nor_rich() -> None:
+    script = (
+        "import sys; sys.modules['matplotlib'] = sys.modules['rich'] = None; "
+        "from mergekit_ace.report import advise, inspect_recipe, summarize, write_csv, write_json"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_public_names_are_there() -> None:
+    import mergekit_ace.report as report
+
+    assert all(getattr(report, name) is not None for name in report.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        report.no_such_name  # noqa: B018

@@ -1,11 +1,13 @@
 """The recipes of `ace`: each is run, and every tensor of its output is the reference's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
+import yaml
+from mergekit import merge_methods
 from mergekit.merge_methods.api import merge_tensors
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
@@ -183,6 +185,24 @@ def test_union_tokenizer(tmp_path: Path) -> None:
     assert_merged(merged, suite.base, experts, reference_for(family), torch.bfloat16)
     assert AutoTokenizer.from_pretrained(out).convert_tokens_to_ids(chat) == [VOCABULARY, VOCABULARY + 1]
     load_and_run(family, out)
+
+
+def test_every_parameter_is_one_that_the_method_knows() -> None:
+    """mergekit passes over what a method does not know, so a slip of the pen would go unseen."""
+    for recipe in RECIPES.glob("*.yml"):
+        for document in yaml.safe_load_all(recipe.read_text()):
+            known = {parameter.name for parameter in merge_methods.get(document["merge_method"]).spec.parameters}
+            assert set(_parameters(document)) <= known, recipe.name
+
+
+def _parameters(node: object) -> Iterator[str]:
+    """The names under every `parameters:` of a recipe."""
+    if isinstance(node, dict):
+        yield from node.get("parameters", {})
+        node = list(node.values())
+    if isinstance(node, list):
+        for item in node:
+            yield from _parameters(item)
 
 
 def test_every_recipe_says_when_to_use_it_and_is_tested_here() -> None:

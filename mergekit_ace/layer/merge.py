@@ -27,6 +27,7 @@ class LayerMerge:
         normalized: second moments were divided by their traces.
         regularized: scale and ridge of each expert in `TaskVectors.experts`; empty when nothing was solved.
         ridge: of the system, relative to the mean eigenvalue of what it regularizes; None when nothing was solved.
+        ridge_is_fixed: a person set it; otherwise it was estimated.
         condition: estimated condition number of the system; None unless `diagnostics` are wanted.
         refinement: level and number of the refined directions, None when there was none.
         effective_experts: how many independent updates the experts' amount to; None where no option asks for it.
@@ -39,6 +40,7 @@ class LayerMerge:
     normalized: bool = False
     regularized: tuple[Regularized, ...] = ()
     ridge: float | None = None
+    ridge_is_fixed: bool = False
     condition: float | None = None
     refinement: Refinement | None = None
     effective_experts: float | None = None
@@ -116,6 +118,7 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         normalized=normalize,
         regularized=solution.regularized,
         ridge=relative_ridge(solution.regularized, task_vectors.shares, task_vectors.shape[1]),
+        ridge_is_fixed=options.epsilon != "auto",
         condition=solution.condition,
         refinement=refinement,
         effective_experts=independent,

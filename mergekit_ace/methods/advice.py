@@ -23,7 +23,8 @@ def causes(layer: LayerMerge, longest_update: float) -> Iterator[tuple[str, str]
         layer: the merge.
         longest_update: largest `||D_t||_F` of its experts.
     """
-    if layer.ridge is not None and layer.ridge > _DROWNED:
+    # An estimated ridge is large where the second moments themselves say nothing.
+    if layer.ridge is not None and layer.ridge_is_fixed and layer.ridge > _DROWNED:
         yield (
             "ridge",
             f"epsilon is {layer.ridge:.2g} times the mean eigenvalue of the second moments and drowns them: the layer "

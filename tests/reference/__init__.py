@@ -6,6 +6,7 @@ what it must not be worse than.
 """
 
 from tests.reference.ace import AceOptions, ace, heterogeneity
+from tests.reference.ace_default import ace_default
 from tests.reference.actmat import actmat
 from tests.reference.cart import cart
 from tests.reference.iso import iso_c, iso_cts
@@ -18,6 +19,7 @@ __all__ = [
     "Recipe",
     "Treatment",
     "ace",
+    "ace_default",
     "actmat",
     "cart",
     "heterogeneity",

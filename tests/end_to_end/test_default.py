@@ -1,0 +1,50 @@
+"""`merge_method: ace` with no parameters at all, held against its own literal reference."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.checkpoints import make_suite, read_tensors
+from tests.commands import mergekit_yaml
+from tests.end_to_end.comparison import (
+    FLOAT32_FLOOR,
+    FLOAT64_TOLERANCE,
+    assert_one_rounding,
+    recipe_for,
+    reference_for,
+    task_vector_error,
+)
+from tests.reference import ace_default, merge_tensor
+from tests.zoo.forward import load_and_run
+
+# Of the merged task vector: the shrunk systems are well conditioned, so that roundings do not grow by more than this.
+FLOAT32_TOLERANCE = 20 * FLOAT32_FLOOR
+
+
+def merged_by_default(task_vectors: Sequence[Tensor], weights: Sequence[float] | None, dtype: torch.dtype) -> Tensor:
+    return ace_default(task_vectors, weights, dtype)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "roberta", "mixtral"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_default(family: str, dtype: str, tmp_path: Path) -> None:
+    suite = make_suite(family, tmp_path, scale=0.1)
+    recipe = {**recipe_for(suite, weights=(2.0, 1.0, 0.5)), "dtype": dtype}
+    del recipe["parameters"]
+    out = mergekit_yaml(recipe, tmp_path / "out")
+    reference = reference_for(suite.family, weights=(2.0, 1.0, 0.5))
+    for name, tensor in read_tensors(out).items():
+        base, *experts = (c.tensors[name].to(getattr(torch, dtype)) for c in (suite.base, *suite.experts))
+        exact = merge_tensor(name, base, experts, reference, merge=merged_by_default)
+        if torch.equal(exact, base.double()):
+            assert torch.equal(tensor, base), name
+        elif dtype == "bfloat16":
+            assert_one_rounding(name, tensor, exact)
+        else:
+            tolerance = FLOAT64_TOLERANCE if dtype == "float64" else FLOAT32_TOLERANCE
+            assert task_vector_error(tensor, base, exact) <= tolerance, name
+    if dtype != "float64":
+        load_and_run(suite.family, out)

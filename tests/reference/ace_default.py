@@ -1,0 +1,68 @@
+"""What `merge_method: ace` computes without parameters, step by step: ACE with a ridge and a refinement of no constant.
+
+Against the published steps (`tests/reference/ace.py`): second moments are not centered and always divided by their
+trace, the ridge is oracle-approximating shrinkage, there is no prior, the preliminary merge itself is refined and by as
+much as the experts disagree, and the result is bounded in length.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tests.reference.subspace import top_isometry
+from tests.reference.weights import participants
+
+
+def shrinkage(second_moment: Tensor, samples: int) -> float:
+    """Share of the identity in oracle-approximating shrinkage, Chen et al. 2010, Eq. 23."""
+    n = second_moment.shape[0]
+    trace, squared = float(second_moment.trace()), float((second_moment @ second_moment).trace())
+    spread = squared - trace**2 / n
+    if spread <= 0:
+        return 1.0
+    return min(1.0, ((1 - 2 / n) * squared + trace**2) / ((samples + 1 - 2 / n) * spread))
+
+
+def ace_default(
+    task_vectors: Sequence[Tensor],
+    weights: Sequence[float] | None = None,
+    dtype: torch.dtype = torch.float64,
+    spectral_fraction: float = 0.3,
+    relative_rank: float | None = None,
+) -> Tensor:
+    """The merged task vector of one layer, `[m, n]`, computed in `dtype`."""
+    D, a = participants(task_vectors, weights, dtype)
+    if not D:
+        return torch.zeros_like(task_vectors[0], dtype=dtype)
+    if len(D) == 1:
+        return D[0].clone()
+    T = len(D)
+    m, n = D[0].shape
+    identity = torch.eye(n, dtype=dtype)
+
+    # 1. Second moments of trace 1, shrunk towards the identity of the same trace.
+    S = []
+    for d in D:
+        G = d.T @ d
+        rho = shrinkage(G, samples=m)
+        S.append(((1 - rho) * G + rho * G.trace() / n * identity) / G.trace())
+
+    # 2. The weight of least interference.
+    numerator = sum(a_t * (d @ s) for a_t, d, s in zip(a, D, S, strict=True))
+    W = numerator @ torch.linalg.inv(sum(a_t * s for a_t, s in zip(a, S, strict=True)))
+
+    # 3. How many independent updates the experts' amount to.
+    mean_energy = float(sum(a_t * d.square().sum() for a_t, d in zip(a, D, strict=True))) / T
+    mean = sum(a_t * d for a_t, d in zip(a, D, strict=True)) / T
+    independent = max(1.0, min(T**2, mean_energy / max(float(mean.square().sum()), 1e-300)))
+
+    # 4. Refinement by as much as they disagree.
+    k = math.floor(spectral_fraction * min(m, n))
+    if k > 0:
+        isometry, values = top_isometry(W, k, relative_rank)
+        W = W + (1 - 1 / independent) * values.mean() * isometry
+
+    # 5. No longer than the sum of that many orthogonal updates.
+    return W * min(1.0, math.sqrt(independent * mean_energy) / float(W.norm()))

@@ -1,0 +1,1 @@
+"""The parts of the speed benchmarks: layers and checkpoints to merge, contenders, timing, memory, the record."""

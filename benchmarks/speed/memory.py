@@ -1,0 +1,72 @@
+"""Peak memory of one layer's merge beyond its inputs, each in a process of its own.
+
+python -m benchmarks.speed.memory SHAPE EXPERTS BRANCH DEVICE    prints bytes
+
+On Linux the kernel's own maximum of the resident set, reset after the inputs are made. The allocator is told to return
+every large block at once, so that blocks freed before cannot serve the merge unseen.
+"""
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.speed.contenders import ours
+from benchmarks.speed.layers import Shape, fine_tuned, parse_shape
+
+PROJECT = Path(__file__).resolve().parents[2]
+_RESET = Path("/proc/self/clear_refs")
+_WARM_UP = Shape(model="warm-up", m=64, n=48)
+
+
+def measurable(device: str) -> bool:
+    """Whether this system lets a process reset and read its peak."""
+    return device == "cuda" or _RESET.exists()
+
+
+def peak_of(shape: Shape, experts: int, branch: str, device: str) -> int:
+    """Bytes, measured in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.speed.memory", shape.name, str(experts), branch, device]
+    settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
+    done = subprocess.run(command, cwd=PROJECT, env=settings, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[2:])} failed:\n{done.stderr[-2000:]}")
+    return int(done.stdout)
+
+
+def documented_bound(shape: Shape, experts: int) -> int:
+    """Bytes that `layer.dense_system` or `layer.stacked_rows`, whichever solves full fine-tunes, allows itself."""
+    m, n = shape.m, shape.n
+    q = experts * m
+    buffers = 2 * q * q + q * n + 2 * m * q + 3 * m * n if q < n else 3 * n * n + 6 * m * n
+    return 4 * buffers
+
+
+def _peak(shape: Shape, experts: int, branch: str, device: str) -> int:
+    ours(fine_tuned(_WARM_UP, experts, device), branch)()
+    merge = ours(fine_tuned(shape, experts, device), branch)
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        merge()
+        return torch.cuda.max_memory_allocated() - before
+    _RESET.write_text("5")
+    before = _resident("VmRSS")
+    merge()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    """A size in bytes from the kernel's account of this process."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(field + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status must have a line {field}; got none")
+
+
+if __name__ == "__main__":
+    print(_peak(parse_shape(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]))

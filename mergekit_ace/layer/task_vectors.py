@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_ace.linalg.precision import working_dtype
+from mergekit_ace.linalg.precision import squared_norm, working_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class TaskVectors:
         `[m, n]` independent rounding errors.
         """
         m, n = self.shape
-        rms = float(torch.linalg.vector_norm(self.base, dtype=torch.float64)) / math.sqrt(m * n)
+        rms = math.sqrt(squared_norm(self.base) / (m * n))
         return torch.finfo(self.dtype).eps / 2 * rms * (math.sqrt(m) + math.sqrt(n))
 
     def task_vector(self, t: int) -> Tensor:
@@ -110,8 +110,7 @@ class TaskVectors:
 
 def _storage_noise(base: Tensor, dtype: torch.dtype) -> float:
     """`(eps ||base||_F)^2`, the energy below which a difference says nothing."""
-    norm = float(torch.linalg.vector_norm(base, dtype=torch.float64))
-    return (torch.finfo(dtype).eps * norm) ** 2
+    return torch.finfo(dtype).eps ** 2 * squared_norm(base)
 
 
 def voting_experts(experts: Sequence[Expert], *, name: str) -> list[Expert]:
@@ -162,13 +161,24 @@ def mean_task_vector(base: Tensor, experts: Sequence[Expert], *, name: str) -> T
 _EQUAL_ROWS = 1e-12
 
 
+# Elements measured at a time on a CPU: a block and its float64 copy stay in the cache, which makes the whole several
+# times faster than one reduction over the matrix, and needs no buffer of its size.
+_MEASURED_AT_ONCE = 1 << 17
+
+
 def _measure(base: Tensor, expert: Expert, dtype: torch.dtype, name: str) -> UpdateStatistics:
-    update = difference(expert.tensor, base, dtype)
-    norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
-    _require_finite(norm, base, expert, name)
-    energy = norm * norm
-    mean_row = update.mean(dim=0, dtype=torch.float64)
-    centered = energy - update.shape[0] * float(mean_row.square().sum())
+    m, n = base.shape
+    rows = m if base.device.type != "cpu" else _MEASURED_AT_ONCE // max(1, n)
+    squares = base.new_zeros((), dtype=torch.float64)
+    row_sum = base.new_zeros(n, dtype=torch.float64)
+    blocks = zip(torch.split(base, max(1, rows)), torch.split(expert.tensor, max(1, rows)), strict=True)
+    for ours, theirs in blocks:
+        update = theirs.to(dtype).sub(ours.to(dtype)).double()
+        squares += torch.dot(update.flatten(), update.flatten())
+        row_sum += update.sum(dim=0)
+    energy = float(squares)
+    _require_finite(energy, base, expert, name)
+    centered = energy - float(row_sum.square().sum()) / max(1, m)
     return UpdateStatistics(energy=energy, centered_energy=centered if centered > _EQUAL_ROWS * energy else 0.0)
 
 

@@ -33,7 +33,19 @@ def require_full_float32() -> None:
         )
 
 
+_BLOCK = 1 << 17
+"""Elements of a block that is reduced at a time."""
+
+
 def squared_norm(matrix: Tensor) -> float:
     """Squared Frobenius norm `||X||_F^2`, accumulated in float64 so that no float32 entry can over- or underflow it."""
-    norm = torch.linalg.vector_norm(matrix, dtype=torch.float64)
-    return float(norm * norm)
+    if matrix.device.type != "cpu":
+        norm = torch.linalg.vector_norm(matrix, dtype=torch.float64)
+        return float(norm * norm)
+    # A block and its float64 copy stay in the cache: several times faster than one reduction, and no buffer.
+    rows = max(1, _BLOCK * len(matrix) // max(1, matrix.numel()))
+    total = torch.zeros((), dtype=torch.float64)
+    for block in torch.split(matrix, rows):
+        values = block.flatten().double()
+        total += torch.dot(values, values)
+    return float(total)

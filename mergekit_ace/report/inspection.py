@@ -156,7 +156,8 @@ def _matrix(
 def _unsolved(layer: LayerReport, treated: Treatment, base: Tensor, experts: Sequence[Expert]) -> LayerReport:
     averaged = treated.kind == "average"
     columns = [_column(expert) for expert in experts]
-    require_finite_base(base, name=layer.name)
+    if not averaged:
+        require_finite_base(base, name=layer.name)
     try:
         task_vectors = TaskVectors(base.reshape(-1, 1), columns, name=layer.name)
     except ValueError:

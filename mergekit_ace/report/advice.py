@@ -18,9 +18,10 @@ DOMINANT = 0.8
 """Share of the trace above which one expert decides a layer."""
 SIMILAR_NORMS = 0.5
 """Scale-free heterogeneity below this: the experts' norms differ by a factor of two at most, for two experts."""
-SWOLLEN = 1.5
+SWOLLEN = 1.1
+"""Times the length that the sum of the experts' updates has when they are at right angles: more is nobody's."""
 SHRUNKEN = 0.25
-"""Norm of the merged update over the experts' beyond which it is hardly one of theirs."""
+"""Norm of the merged update over the experts' below which little of any is left."""
 
 
 def advise(report: Report) -> tuple[Finding, ...]:
@@ -114,12 +115,17 @@ def _unreliable_gate(report: Report) -> Iterator[Finding]:
 
 def _norms(report: Report) -> Iterator[Finding]:
     layers = [layer for layer in _solved(report) if layer.merged is not None]
-    swollen = [layer for layer in layers if layer.merged is not None and layer.merged.relative_norm > SWOLLEN]
+    swollen = [
+        layer
+        for layer in layers
+        if layer.merged is not None and layer.merged.relative_norm > SWOLLEN * len(layer.experts) ** 0.5
+    ]
     shrunken = [layer for layer in layers if layer.merged is not None and layer.merged.relative_norm < SHRUNKEN]
     if swollen:
         yield Finding(
             level="warning",
-            what=f"the merged update is more than {SWOLLEN:g} times as large as the experts' in {_of(swollen, layers)}",
+            what=f"the merged update is longer than the sum of the experts' updates at right angles in "
+            f"{_of(swollen, layers)}",
             remedy="Lower spectral_fraction, or scale the merged update by lambda below 1.",
         )
     if shrunken:

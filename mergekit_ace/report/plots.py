@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from mergekit_ace.report.model import ExpertReport, LayerReport, Report, Spectrum
 from mergekit_ace.report.naming import short_names
-from mergekit_ace.report.summary import SOLVED, badness
+from mergekit_ace.report.summary import SOLVED, badness, gate_statistic
 from mergekit_ace.report.wording import printable
 
 # Okabe and Ito's colours, told apart with any colour vision; then matplotlib's own for more experts than that.
@@ -70,7 +70,7 @@ def figures(report: Report) -> dict[str, Figure]:
 
 def heterogeneity_by_depth(report: Report) -> Figure | None:
     """The gate's statistic of every gated layer by its depth, one mark a layer type, with the threshold."""
-    layers = [layer for layer in _solved(report) if layer.depth is not None and _statistic(layer) is not None]
+    layers = [layer for layer in _solved(report) if layer.depth is not None and gate_statistic(layer) is not None]
     if not layers:
         return None
     figure, axes = _axes(3.8)
@@ -79,7 +79,7 @@ def heterogeneity_by_depth(report: Report) -> Figure | None:
         some = [layer for layer in layers if layer.kind == kind]
         axes.plot(
             [layer.depth or 0 for layer in some],
-            [_statistic(layer) or 0.0 for layer in some],
+            [gate_statistic(layer) or 0.0 for layer in some],
             _MARKERS[index % len(_MARKERS)],
             color=_colour(index),
             markersize=5,
@@ -97,13 +97,13 @@ def heterogeneity_by_depth(report: Report) -> Figure | None:
 
 def heterogeneity_by_kind(report: Report) -> Figure | None:
     """The gate's statistic of every gated layer by its layer type, with the median of each and the threshold."""
-    layers = [layer for layer in _solved(report) if _statistic(layer) is not None]
+    layers = [layer for layer in _solved(report) if gate_statistic(layer) is not None]
     if not layers:
         return None
     kinds = _kinds(layers)
     figure, axes = _axes(1.2 + 0.32 * len(kinds))
     for index, kind in enumerate(kinds):
-        values = sorted(_statistic(layer) or 0.0 for layer in layers if layer.kind == kind)
+        values = sorted(gate_statistic(layer) or 0.0 for layer in layers if layer.kind == kind)
         axes.plot(values, [index] * len(values), "o", color=_colour(index), markersize=5, alpha=0.6)
         axes.plot([values[len(values) // 2]], [index], "|", color=_INK, markersize=15, markeredgewidth=1.8)
     axes.set_yticks(range(len(kinds)), [_clip(kind) for kind in kinds])
@@ -292,7 +292,7 @@ def _axes(height: float) -> tuple[Figure, Axes]:
 
 
 def _log_heterogeneity(axes: Axes, axis: str, layers: Sequence[LayerReport]) -> None:
-    finite = [value for layer in layers if (value := _statistic(layer)) and math.isfinite(value)]
+    finite = [value for layer in layers if (value := gate_statistic(layer)) and math.isfinite(value)]
     gate = next((layer.gate for layer in layers if layer.gate is not None), None)
     statistic = "published" if gate is None else gate.statistic.replace("_", "-")
     text = f"heterogeneity ({statistic})"
@@ -320,12 +320,6 @@ def _draw_thresholds(line: Callable[..., object], layers: Sequence[LayerReport])
     for threshold in sorted({layer.gate.threshold for layer in layers if layer.gate is not None}):
         if 0 < threshold < math.inf:
             line(threshold, color="#B3261E", linewidth=1.2, linestyle="--", label=f"threshold {threshold:g}")
-
-
-def _statistic(layer: LayerReport) -> float | None:
-    if layer.gate is not None and layer.gate.statistic == "scale_free":
-        return layer.heterogeneity_scale_free
-    return layer.heterogeneity
 
 
 def _solved(report: Report) -> list[LayerReport]:

@@ -74,6 +74,13 @@ def summarize(report: Report, *, worst: int = 5) -> Summary:
     )
 
 
+def gate_statistic(layer: LayerReport) -> float | None:
+    """The heterogeneity that the layer's gate goes by; the published one where there is no gate."""
+    if layer.gate is not None and layer.gate.statistic == "scale_free":
+        return layer.heterogeneity_scale_free
+    return layer.heterogeneity
+
+
 def mean_loss(layer: LayerReport) -> float | None:
     """Mean of the experts' losses in a layer; None without solves."""
     known = [expert.loss for expert in layer.experts if expert.loss is not None]
@@ -83,7 +90,7 @@ def mean_loss(layer: LayerReport) -> float | None:
 def badness(layer: LayerReport) -> float:
     """What layers are ranked by: mean loss, or heterogeneity where there is none."""
     loss = mean_loss(layer)
-    return loss if loss is not None else (layer.heterogeneity or 0.0)
+    return loss if loss is not None else (gate_statistic(layer) or 0.0)
 
 
 def _expert(name: str, report: Report) -> ExpertSummary:

@@ -12,7 +12,7 @@ from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.report.advice import advise
 from mergekit_ace.report.model import LayerReport, Report
 from mergekit_ace.report.naming import from_layer, short_names
-from mergekit_ace.report.summary import Summary, mean_loss, summarize
+from mergekit_ace.report.summary import Summary, gate_statistic, mean_loss, summarize
 from mergekit_ace.report.wording import BRANCH_MEANING, number, percent, printable
 
 _COLOURS = {"error": "bold red", "warning": "yellow", "hint": "cyan"}
@@ -93,7 +93,7 @@ def _worst(layers: Iterable[LayerReport], experts: Sequence[str]) -> Table:
         table.add_row(
             Text(printable(from_layer(layer.name))),
             layer.branch,
-            *(_optional(value) for value in (layer.heterogeneity, layer.ridge, layer.condition, mean_loss(layer))),
+            *(_optional(value) for value in (gate_statistic(layer), layer.ridge, layer.condition, mean_loss(layer))),
             Text(printable(short[hurt.expert]) if hurt else ""),
         )
     return table

@@ -91,7 +91,7 @@ def heterogeneity_by_depth(report: Report) -> Figure | None:
     _whole_numbers(axes)
     axes.set_xlabel("layer")
     axes.set_title("Heterogeneity by depth")
-    figure.legend(loc="outside lower center", ncols=4)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
@@ -200,7 +200,7 @@ def _spectrum(axes: Axes, layer: LayerReport, experts: Mapping[str, tuple[str, s
     _logarithmic(axes, "y")
     tops = [spectrum.values[0] for spectrum in _spectra_of(layer) if spectrum.values and spectrum.values[0] > 0]
     if tops:
-        axes.set_ylim(bottom=max(tops) * 1e-4)
+        axes.set_ylim(bottom=max(tops) * 1e-3)
     axes.set_title(_clip(layer.name, 44), fontsize=9)
     axes.set_xlabel("rank")
     axes.set_ylabel("singular value")
@@ -246,7 +246,7 @@ def _by_depth(
     axes.set_xlabel("layer")
     axes.set_ylabel(label)
     axes.set_title(title)
-    figure.legend(loc="outside lower center", ncols=4)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 

@@ -30,6 +30,8 @@ ACE = CovarianceOptions(
     refined="merge",
     refinement_scale="disagreement",
     length_bound=True,
+    correlation_threshold=0.05,
+    combine_copies=True,
 )
 """What `merge_method: ace` does by default: no constant of any model family, and no dependence on the updates' unit.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mergekit_ace.layer.agreement import moment_correlation
 from mergekit_ace.layer.diagnostics import diagnostics_wanted
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.ridge import Regularized
@@ -9,6 +10,7 @@ from mergekit_ace.layer.solution import Solution, add_prior_, prior_scale, regul
 from mergekit_ace.layer.task_vectors import TaskVectors
 from mergekit_ace.linalg.cholesky import cholesky_factor, solve_right
 from mergekit_ace.linalg.conditioning import condition_number
+from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.linalg.symmetric import add_gram_upper_, add_to_diagonal_, gram, mirror_upper_
 
 
@@ -65,6 +67,11 @@ def solve_dense(
 
     if wide:
         mirror_upper_(system)
+    correlation = None
+    if options.correlation_threshold > 0:
+        correlation = moment_correlation(
+            regularized, task_vectors.shares, summed_squared_norm=squared_norm(system), dimensions=n
+        )
     prior_row = system.mean(dim=0) if options.structural_prior else None
     ridge = sum(share * proxy.ridge for share, proxy in zip(task_vectors.shares, regularized, strict=True))
     add_to_diagonal_(system, ridge)
@@ -84,4 +91,10 @@ def solve_dense(
     if prior_row is not None:
         prior_row.mul_(prior_scale(task_vectors, normalize=normalize))
         add_prior_(weight_matrix, solve_right(prior_row[None], factor)[0])
-    return Solution(weight=weight_matrix, residual=residual, regularized=tuple(regularized), condition=condition)
+    return Solution(
+        weight=weight_matrix,
+        residual=residual,
+        regularized=tuple(regularized),
+        condition=condition,
+        correlation=correlation,
+    )

@@ -32,6 +32,8 @@ class LayerMerge:
         refinement: level and number of the refined directions, None when there was none.
         effective_experts: how many independent updates the experts' amount to; None where no option asks for it.
         shortening: what the length bound multiplied the whole by, in `(0, 1]`.
+        correlation: of the experts' second moments; None where no option asks for it.
+        uncorrelated: they correlate too little to weigh the experts by; the layer was averaged.
     """
 
     task_vector: Tensor
@@ -45,11 +47,15 @@ class LayerMerge:
     refinement: Refinement | None = None
     effective_experts: float | None = None
     shortening: float = 1.0
+    correlation: float | None = None
+    uncorrelated: bool = False
 
     def describe(self) -> str:
         """The facts above in one line, for a log."""
         if self.heterogeneity is None:
             return ""
+        if self.uncorrelated:
+            return f"second moments correlate by {self.correlation:.2g} only, averaged"
         gate = "heterogeneous" if self.heterogeneous else "homogeneous"
         line = f"{gate} ({self.heterogeneity:.3g})"
         if self.ridge is not None:
@@ -81,6 +87,9 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
     """
     if len(task_vectors) == 0:
         return LayerMerge(task_vector=task_vectors.base.new_zeros(task_vectors.shape, dtype=task_vectors.dtype))
+    became = tuple(range(len(task_vectors)))
+    if options.combine_copies:
+        task_vectors, became = task_vectors.without_copies()
     if len(task_vectors) == 1:
         return LayerMerge(task_vector=task_vectors.task_vector(0))
     if options.center_second_moment and not any(measured.centered_energy for measured in task_vectors.statistics):
@@ -94,6 +103,14 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
     refine = happens[options.refinement] and int(options.spectral_fraction * min(task_vectors.shape)) > 0
     of_residual = options.refined == "residual"
     solution = solve(task_vectors, options, normalize=normalize, with_residual=refine and of_residual)
+    if solution.correlation is not None and solution.correlation < options.correlation_threshold:
+        return LayerMerge(
+            task_vector=task_vectors.sum().div_(len(task_vectors)),
+            heterogeneity=spread,
+            heterogeneous=heterogeneous,
+            correlation=solution.correlation,
+            uncorrelated=True,
+        )
     independent = effective_experts(task_vectors) if options.asks_for_agreement else None
     merged, refinement, shortening = solution.weight, None, 1.0
     if refine:
@@ -116,11 +133,12 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         heterogeneity=spread,
         heterogeneous=heterogeneous,
         normalized=normalize,
-        regularized=solution.regularized,
+        regularized=tuple(solution.regularized[place] for place in became),
         ridge=relative_ridge(solution.regularized, task_vectors.shares, task_vectors.shape[1]),
         ridge_is_fixed=options.epsilon != "auto",
         condition=solution.condition,
         refinement=refinement,
         effective_experts=independent,
         shortening=shortening,
+        correlation=solution.correlation,
     )

@@ -31,6 +31,9 @@ class CovarianceOptions:
             agree and all but `1 / T` where their updates are orthogonal.
         length_bound: shorten a merged task vector that is longer than the sum of `T_eff` orthogonal updates of mean
             squared length would be. `T_eff` is `effective_experts`.
+        correlation_threshold: in `[0, 1]`; a layer whose experts' second moments correlate by less is averaged, because
+            updates of adapters with random input matrices say nothing of their inputs. 0: no layer.
+        combine_copies: count an expert and its exact copies as one of their summed weight.
         structural_prior: add the collective structural prior (paper, Eqs. 11-13).
 
     Raises:
@@ -48,6 +51,8 @@ class CovarianceOptions:
     refined: Literal["residual", "merge"] = "residual"
     refinement_scale: Literal["full", "disagreement"] = "full"
     length_bound: bool = False
+    correlation_threshold: float = 0.0
+    combine_copies: bool = False
     structural_prior: bool = True
 
     def __post_init__(self) -> None:
@@ -55,6 +60,8 @@ class CovarianceOptions:
             raise ValueError(f"epsilon must be a finite number above 0 or 'auto'; got {self.epsilon!r}")
         if not self.heterogeneity_threshold >= 0:
             raise ValueError(f"heterogeneity_threshold must be at least 0; got {self.heterogeneity_threshold!r}")
+        if not 0 <= self.correlation_threshold <= 1:
+            raise ValueError(f"correlation_threshold must lie in [0, 1]; got {self.correlation_threshold!r}")
         if not 0 <= self.spectral_fraction <= 1:
             raise ValueError(f"spectral_fraction must lie in [0, 1]; got {self.spectral_fraction!r}")
 

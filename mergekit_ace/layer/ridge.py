@@ -14,6 +14,8 @@ class Regularized:
     ridge: float
     trace: float
     """`tr G`."""
+    squared_norm: float | None = None
+    """`tr(G^2) = ||G||_F^2`, where something asked for it."""
 
 
 def relative_ridge(proxies: Sequence[Regularized], shares: Sequence[float], dimensions: int) -> float:
@@ -66,4 +68,9 @@ def shrunk_ridge(*, trace: float, squared_norm: float, samples: int, dimensions:
         numerator = (1 - 2 / dimensions) * squared_norm + trace**2
         intensity = min(1.0, numerator / ((samples + 1 - 2 / dimensions) * spread))
     unit = 1 / trace if normalize else 1.0
-    return Regularized(scale=(1 - intensity) * unit, ridge=intensity * trace / dimensions * unit, trace=trace)
+    return Regularized(
+        scale=(1 - intensity) * unit,
+        ridge=intensity * trace / dimensions * unit,
+        trace=trace,
+        squared_norm=squared_norm,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -25,6 +25,8 @@ class Solution:
     """Each expert's scale and ridge."""
     condition: float | None
     """Estimated condition number of `sum_t a_t Sbar_t`; None unless `diagnostics` are wanted."""
+    correlation: float | None = None
+    """How far the experts' second moments correlate (`moment_correlation`), where a threshold asks for it."""
     column_basis: Tensor | None = None
     """`[m, p]`, orthonormal columns that span the columns of `weight` and `residual`; None where nothing is known."""
 
@@ -48,12 +50,13 @@ def regularize(
     m, n = task_vectors.shape
     trace = measured.centered_energy if options.center_second_moment else measured.energy
     if trace == 0 and (normalize or options.epsilon == "auto"):
-        return Regularized(scale=0.0, ridge=0.0, trace=0.0)
-    if options.epsilon == "auto":
-        squared = squared_norm(gram_side)
-        samples = m - 1 if options.center_second_moment else m
-        return shrunk_ridge(trace=trace, squared_norm=squared, samples=samples, dimensions=n, normalize=normalize)
-    return fixed_ridge(options.epsilon, trace=trace, normalize=normalize)
+        return Regularized(scale=0.0, ridge=0.0, trace=0.0, squared_norm=0.0)
+    squared = squared_norm(gram_side) if options.epsilon == "auto" or options.correlation_threshold > 0 else None
+    if options.epsilon != "auto":
+        return replace(fixed_ridge(options.epsilon, trace=trace, normalize=normalize), squared_norm=squared)
+    assert squared is not None
+    samples = m - 1 if options.center_second_moment else m
+    return shrunk_ridge(trace=trace, squared_norm=squared, samples=samples, dimensions=n, normalize=normalize)
 
 
 def add_prior_(unprimed: Tensor, prior_through: Tensor) -> Tensor:

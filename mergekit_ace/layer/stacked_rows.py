@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mergekit_ace.layer.agreement import moment_correlation
 from mergekit_ace.layer.diagnostics import diagnostics_wanted
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.row_factors import ExpertRows, RowFactors
@@ -22,6 +23,7 @@ from mergekit_ace.layer.solution import Solution, add_prior_, prior_scale, regul
 from mergekit_ace.layer.task_vectors import TaskVectors
 from mergekit_ace.linalg.cholesky import cholesky_factor, solve_right
 from mergekit_ace.linalg.conditioning import largest_eigenvalue
+from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.linalg.symmetric import add_to_diagonal_, gram
 
 
@@ -69,6 +71,12 @@ def solve_stacked_rows(
     )
     rows.mul_(scaling)
     inner.mul_(scaling).mul_(scaling.mT)
+    correlation = None
+    if options.correlation_threshold > 0:
+        # `||Y^T Y||_F = ||Y Y^T||_F`
+        correlation = moment_correlation(
+            regularized, shares, summed_squared_norm=squared_norm(inner), dimensions=rows.shape[1]
+        )
     # A task vector is its basis times `units[t]` times its scaled rows.
     units = [weight**-0.5 if weight > 0 else 0.0 for weight in weights]
 
@@ -99,6 +107,7 @@ def solve_stacked_rows(
         residual=residual,
         regularized=regularized,
         condition=condition,
+        correlation=correlation,
         column_basis=_column_basis(experts, task_vectors.shape),
     )
 

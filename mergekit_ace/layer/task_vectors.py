@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -95,6 +96,29 @@ class TaskVectors:
         m, n = self.shape
         rms = math.sqrt(squared_norm(self.base) / (m * n))
         return torch.finfo(self.dtype).eps / 2 * rms * (math.sqrt(m) + math.sqrt(n))
+
+    def without_copies(self) -> tuple[TaskVectors, tuple[int, ...]]:
+        """Every expert once, with the summed weight of its exact copies; and which of them each expert here became."""
+        kept: list[int] = []
+        became: list[int] = []
+        shares: list[float] = []
+        for t, share in enumerate(self.shares):
+            place = next((p for p, s in enumerate(kept) if self._are_copies(s, t)), len(kept))
+            if place == len(kept):
+                kept.append(t)
+                shares.append(0.0)
+            shares[place] += share
+            became.append(place)
+        distinct = copy(self)
+        distinct.experts = tuple(self.experts[t] for t in kept)
+        distinct.statistics = tuple(self.statistics[t] for t in kept)
+        distinct.shares = tuple(share * len(kept) / len(self) for share in shares)
+        return distinct, tuple(became)
+
+    def _are_copies(self, s: int, t: int) -> bool:
+        # The energies, measured the same way, differ unless the tensors are equal: almost no pair is compared in full.
+        equal = self.statistics[s] == self.statistics[t]
+        return equal and torch.equal(self.experts[s].tensor, self.experts[t].tensor)
 
     def task_vector(self, t: int) -> Tensor:
         """`D_t`, `[m, n]`, working dtype, in storage of its own that the caller may overwrite."""

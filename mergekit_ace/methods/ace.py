@@ -75,6 +75,13 @@ class Ace(LayerwiseMethod):
             description="add the collective structural prior",
         ),
         parameter(
+            "correlation_threshold",
+            Fraction | Preset,
+            default="preset",
+            requirement="a number from 0 to 1",
+            description="average a layer whose experts' second moments correlate by less; 0: none",
+        ),
+        parameter(
             "length_bound",
             bool | Preset,
             default="preset",

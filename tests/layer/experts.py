@@ -17,6 +17,15 @@ def steep_updates(m: int, n: int, count: int, *, spread: float = 1.0) -> list[Te
     ]
 
 
+def related_updates(m: int, n: int, count: int, *, spread: float = 1.0) -> list[Tensor]:
+    """Full-rank task vectors whose rows have one steep covariance, as those of experts of one base nearly do."""
+    generator = torch.Generator().manual_seed(11)
+    root = of_rank(n, n, n, seed=5)
+    return [
+        spread**t * torch.randn(m, n, generator=generator, dtype=torch.float64) @ root / m**0.5 for t in range(count)
+    ]
+
+
 def adapter_updates(m: int, n: int, count: int, *, rank: int) -> list[Tensor]:
     """Task vectors of low rank, all of one size."""
     return [of_rank(m, n, rank, seed=10 * t, decay=0.5) for t in range(count)]

@@ -1,6 +1,7 @@
 """What the default of `ace` promises whatever the experts are."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from mergekit_ace.layer.covariance_methods import ACE
 from mergekit_ace.layer.merge import merge_by_covariance
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.task_vectors import Expert, TaskVectors
-from tests.layer.experts import adapter_updates, layer, steep_updates
+from tests.layer.experts import adapter_updates, layer, related_updates, steep_updates
 
 SHAPES = [(30, 50), (50, 30), (40, 40), (20, 200), (5, 1)]
 
@@ -29,12 +30,11 @@ def test_identical_experts_give_that_expert(shape: tuple[int, int], count: int) 
     update = steep_updates(*shape, 1)[0]
     merged = merge_by_covariance(layer([update] * count), ACE)
     torch.testing.assert_close(merged.task_vector, update, rtol=0, atol=1e-9 * float(update.abs().max()))
-    assert merged.effective_experts == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_an_expert_and_its_copy_are_one_of_twice_the_weight(shape: tuple[int, int]) -> None:
-    first, second = steep_updates(*shape, 2, spread=1.5)
+    first, second = related_updates(*shape, 2, spread=1.5)
     copied = merge_by_covariance(weighted([first, first, second], [1.0, 1.0, 1.0]), ACE).task_vector
     once = merge_by_covariance(weighted([first, second], [2.0, 1.0]), ACE).task_vector
     torch.testing.assert_close(copied, once, rtol=0, atol=1e-9 * float(once.abs().max()))
@@ -43,13 +43,13 @@ def test_an_expert_and_its_copy_are_one_of_twice_the_weight(shape: tuple[int, in
 @pytest.mark.parametrize("factor", [0.01, 100.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_unit_of_the_updates_does_not_matter(shape: tuple[int, int], factor: float) -> None:
-    updates = steep_updates(*shape, 3, spread=3.0)
+    updates = related_updates(*shape, 3, spread=3.0)
     merged = merge_by_covariance(layer(updates), ACE).task_vector
     scaled = merge_by_covariance(layer([factor * update for update in updates]), ACE).task_vector / factor
     torch.testing.assert_close(scaled, merged, rtol=0, atol=1e-9 * float(merged.abs().max()))
 
 
-@pytest.mark.parametrize("updates", [steep_updates(60, 40, 6, spread=2.0), adapter_updates(280, 300, 4, rank=8)])
+@pytest.mark.parametrize("updates", [related_updates(60, 40, 6, spread=1.2), related_updates(30, 300, 4)])
 def test_no_farther_from_the_base_than_the_independent_updates_reach(updates: list[torch.Tensor]) -> None:
     task_vectors = layer(updates)
     merged = merge_by_covariance(task_vectors, ACE)
@@ -57,6 +57,7 @@ def test_no_farther_from_the_base_than_the_independent_updates_reach(updates: li
     longest = math.sqrt(merged.effective_experts * sum(task_vectors.energies) / len(task_vectors))
     assert torch.linalg.norm(merged.task_vector) <= longest * (1 + 1e-9)
     assert merged.shortening < 1
+    assert not merged.uncorrelated
 
 
 def test_independent_updates_are_counted() -> None:
@@ -82,3 +83,29 @@ def test_updates_without_a_centered_second_moment_are_not_lost(options: Covarian
     merged = merge_by_covariance(task_vectors, options).task_vector
     assert bool(torch.isfinite(merged).all())
     assert torch.linalg.norm(merged) > 0.5 * torch.linalg.norm(task_vectors.sum() / 2)
+
+
+@pytest.mark.parametrize("updates", [adapter_updates(280, 300, 4, rank=8), steep_updates(60, 80, 3)])
+def test_row_spaces_by_chance_are_averaged(updates: list[torch.Tensor]) -> None:
+    task_vectors = layer(updates)
+    merged = merge_by_covariance(task_vectors, ACE)
+    assert merged.uncorrelated
+    assert merged.correlation is not None
+    assert merged.correlation < 0.05
+    torch.testing.assert_close(merged.task_vector, sum(updates) / len(updates), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (20, 200)], ids=str)
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [3.0, 1.0, 0.5]], ids=str)
+def test_correlation_is_that_of_all_pairs(shape: tuple[int, int], weights: list[float]) -> None:
+    updates = related_updates(*shape, 3, spread=2.0)
+    task_vectors = weighted(updates, weights)
+    # A ridge of zero extent, so that the weights of the pairs are the experts' own.
+    options = replace(ACE, epsilon=1e-12, refinement="never", length_bound=False, refinement_scale="full")
+    n = shape[1]
+    moments = [update.T @ update / update.square().sum() - torch.eye(n, dtype=torch.float64) / n for update in updates]
+    pairs = [(s, t) for s in range(3) for t in range(3) if s != t]
+    together = sum(weights[s] * weights[t] * (moments[s] * moments[t]).sum() for s, t in pairs)
+    most = sum(weights[s] * weights[t] * moments[s].norm() * moments[t].norm() for s, t in pairs)
+    merged = merge_by_covariance(task_vectors, options)
+    assert merged.correlation == pytest.approx(float(together / most), rel=1e-9)

@@ -2,7 +2,8 @@
 
 Against the published steps (`tests/reference/ace.py`): second moments are not centered and always divided by their
 trace, the ridge is oracle-approximating shrinkage, there is no prior, the preliminary merge itself is refined and by as
-much as the experts disagree, and the result is bounded in length.
+much as the experts disagree, and the result is bounded in length. A layer whose second moments do not correlate is
+averaged.
 """
 
 import math
@@ -14,6 +15,8 @@ from torch import Tensor
 from tests.reference.subspace import top_isometry
 from tests.reference.weights import participants
 
+CORRELATION = 0.05
+
 
 def shrinkage(second_moment: Tensor, samples: int) -> float:
     """Share of the identity in oracle-approximating shrinkage, Chen et al. 2010, Eq. 23."""
@@ -23,6 +26,29 @@ def shrinkage(second_moment: Tensor, samples: int) -> float:
     if spread <= 0:
         return 1.0
     return min(1.0, ((1 - 2 / n) * squared + trace**2) / ((samples + 1 - 2 / n) * spread))
+
+
+def distinct(D: list[Tensor], a: list[float]) -> tuple[list[Tensor], list[float]]:
+    """Copies are one expert of their summed weight; weights of mean 1."""
+    kept: list[Tensor] = []
+    weights: list[float] = []
+    for d, a_t in zip(D, a, strict=True):
+        same = [i for i, other in enumerate(kept) if torch.equal(d, other)]
+        if same:
+            weights[same[0]] += a_t
+        else:
+            kept.append(d)
+            weights.append(a_t)
+    return kept, [w * len(kept) / sum(weights) for w in weights]
+
+
+def correlation(S: list[Tensor], a: list[float]) -> float:
+    """Weighted mean correlation, over pairs, of the deviations of second moments of trace 1 from the identity's."""
+    n = S[0].shape[0]
+    deviations = [a_t * (s - torch.eye(n, dtype=s.dtype) / n) for a_t, s in zip(a, S, strict=True)]
+    pairs = [(x, y) for i, x in enumerate(deviations) for j, y in enumerate(deviations) if i != j]
+    most = float(sum(x.norm() * y.norm() for x, y in pairs))
+    return float(sum((x * y).sum() for x, y in pairs)) / most if most > 0 else 1.0
 
 
 def ace_default(
@@ -36,6 +62,7 @@ def ace_default(
     D, a = participants(task_vectors, weights, dtype)
     if not D:
         return torch.zeros_like(task_vectors[0], dtype=dtype)
+    D, a = distinct(D, a)
     if len(D) == 1:
         return D[0].clone()
     T = len(D)
@@ -48,6 +75,10 @@ def ace_default(
         G = d.T @ d
         rho = shrinkage(G, samples=m)
         S.append(((1 - rho) * G + rho * G.trace() / n * identity) / G.trace())
+
+    # Second moments that do not correlate are no second moments of the inputs: the mean.
+    if correlation(S, a) < CORRELATION:
+        return sum(a_t * d for a_t, d in zip(a, D, strict=True)) / T
 
     # 2. The weight of least interference.
     numerator = sum(a_t * (d @ s) for a_t, d, s in zip(a, D, S, strict=True))

@@ -30,6 +30,13 @@ def causes(layer: LayerMerge, longest_update: float) -> Iterator[tuple[str, str]
             f"epsilon is {layer.ridge:.2g} times the mean eigenvalue of the second moments and drowns them: the layer "
             "is all but averaged. Set epsilon: auto, or a smaller one",
         )
+    if layer.uncorrelated:
+        yield (
+            "correlation",
+            f"the experts' second moments correlate by {layer.correlation:.2g} only and say nothing of the inputs, as "
+            "with adapters whose input matrix is their random start; the layer is averaged. "
+            "Set correlation_threshold: 0 to merge it by them all the same",
+        )
     if layer.refinement is not None and layer.refinement.norm > _DOMINATES * longest_update:
         yield (
             "refinement",

@@ -60,6 +60,7 @@ def _layer_cells(layer: LayerReport) -> dict[str, _Cell]:
         "refined_directions": layer.refined_directions,
         "effective_experts": layer.effective_experts,
         "shortening": layer.shortening,
+        "correlation": layer.correlation,
         "merged_norm": merged.norm if merged else None,
         "merged_relative_norm": merged.relative_norm if merged else None,
         "top_energy_before": merged.top_energy_before if merged else None,

@@ -31,6 +31,7 @@ class Measured:
     refined_directions: int | None = None
     effective_experts: float | None = None
     shortening: float | None = None
+    correlation: float | None = None
     merged: Merged | None = None
 
 
@@ -89,11 +90,13 @@ def measure_merge(measured: Measured, task_vectors: TaskVectors, layer: LayerMer
         )
     return replace(
         measured,
+        branch="uncorrelated" if layer.uncorrelated else measured.branch,
         experts=tuple(experts),
         condition=layer.condition,
         refined_directions=layer.refinement.directions if layer.refinement else None,
         effective_experts=layer.effective_experts,
-        shortening=layer.shortening if layer.heterogeneity is not None else None,
+        shortening=layer.shortening if layer.heterogeneity is not None and not layer.uncorrelated else None,
+        correlation=layer.correlation,
         merged=_merged(task_vectors, merged, layer, scale),
     )
 

@@ -14,7 +14,16 @@ from pydantic import ConfigDict
 SCHEMA_VERSION = 1
 
 Branch = Literal[
-    "heterogeneous", "homogeneous", "method", "single expert", "frozen", "average", "base", "copied", "failed"
+    "heterogeneous",
+    "homogeneous",
+    "method",
+    "uncorrelated",
+    "single expert",
+    "frozen",
+    "average",
+    "base",
+    "copied",
+    "failed",
 ]
 Mode = Literal["fast", "full"]
 
@@ -108,6 +117,7 @@ class LayerReport:
     """As stored."""
     branch: Branch
     """What the merge does: `heterogeneous` or `homogeneous` (ACE, by its gate), `method` (a method without a gate),
+    `uncorrelated` (second moments without anything in common: averaged),
     `single expert` (its task vector as it is), `frozen` (no expert changed it), `average`, `base`, `copied` (a
     buffer) or `failed` (see `error`)."""
     reason: str
@@ -130,6 +140,8 @@ class LayerReport:
     """How many independent updates the experts' amount to; None where the method does not ask."""
     shortening: float | None = None
     """What the length bound multiplied the merged task vector by; None where there was no solve."""
+    correlation: float | None = None
+    """Of the experts' second moments; the method averages the layer where it is below its threshold."""
     merged: Merged | None = None
     interference: Interference | None = None
     seconds: float = 0.0

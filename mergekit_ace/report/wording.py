@@ -11,6 +11,7 @@ BRANCH_MEANING: Mapping[Branch, str] = {
     "heterogeneous": "above the threshold: normalized and refined",
     "homogeneous": "below the threshold: solved as they are",
     "method": "merged by the method",
+    "uncorrelated": "second moments that share nothing: averaged",
     "single expert": "one expert changed it: its update, exactly",
     "frozen": "no expert changed it: the base, bit for bit",
     "average": "base plus the mean update",

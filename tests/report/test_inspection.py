@@ -6,14 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from mergekit.options import MergeOptions
-from safetensors.torch import load_file, save_file
 
 from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.plan import planned, read_recipe
 from mergekit_ace.report.advice import advise
 from mergekit_ace.report.inspection import inspect_recipe, inspect_tensors
 from mergekit_ace.report.summary import summarize
-from tests.checkpoints import Suite, Update, add_adapter, make_suite, read_tensors
+from tests.checkpoints import Suite, Update, add_adapter, edit_tensors, make_suite, read_tensors
 from tests.commands import mergekit_yaml
 from tests.report.recipes import document, write
 
@@ -125,9 +124,8 @@ def test_mergekits_own_methods_get_norms_and_a_note(llama: Suite, tmp_path: Path
 def test_nan_stops_one_tensor_and_not_the_report(llama: Suite, tmp_path: Path) -> None:
     expert = damaged(llama, tmp_path)
     name = "model.layers.1.self_attn.k_proj.weight"
-    tensors = load_file(expert / "model.safetensors")
-    tensors[name][3, 5] = torch.nan
-    save_file(tensors, expert / "model.safetensors", metadata={"format": "pt"})
+    with edit_tensors(expert / "model.safetensors") as tensors:
+        tensors[name][3, 5] = torch.nan
     models = [{"model": str(expert)}, {"model": str(llama.experts[1].path)}]
     report = inspect_recipe(write(document(llama, models=models), tmp_path / "recipe.yml"), mode="fast")
     failed = summarize(report).failed
@@ -142,9 +140,8 @@ def test_nan_stops_one_tensor_and_not_the_report(llama: Suite, tmp_path: Path) -
 def test_a_missing_tensor_is_named(llama: Suite, tmp_path: Path) -> None:
     expert = damaged(llama, tmp_path)
     name = "model.layers.0.mlp.gate_proj.weight"
-    tensors = load_file(expert / "model.safetensors")
-    del tensors[name]
-    save_file(tensors, expert / "model.safetensors", metadata={"format": "pt"})
+    with edit_tensors(expert / "model.safetensors") as tensors:
+        del tensors[name]
     report = inspect_recipe(
         write(document(llama, models=[{"model": str(expert)}]), tmp_path / "recipe.yml"), mode="fast"
     )

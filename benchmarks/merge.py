@@ -3,8 +3,8 @@
 python -m benchmarks.merge [--case NAME]... [--recipe NAME]... [--rounds N] [--layers N] [--device cpu|cuda]
 
 Every run is a process of its own, start and imports included. Checkpoints have the real names and shapes and made-up
-weights; they are written under `--work` and deleted afterwards. What a results folder holds of the same case is
-replaced, all else is kept.
+weights; they are written under `--work` and deleted afterwards, unless told to keep them. What a results folder holds
+of the same case is replaced, all else is kept.
 """
 
 import shutil
@@ -54,13 +54,23 @@ RECIPES: Mapping[str, Mapping[str, object]] = {
 """`ace refined` takes the dearer branch in every layer, which few real ones do."""
 
 
-def measure(case: Case, layers: int, recipes: list[str], rounds: int, work: Path, device: str) -> list[Run]:
-    """Write the checkpoints, and run all recipes in turns."""
+def checkpoints(case: Case, layers: int, folder: Path) -> tuple[Path, list[Path]]:
+    """Base and experts in `folder`; written unless they are there."""
+    base, experts = folder / "base", [folder / f"expert{place}" for place in range(case.experts)]
+    if not folder.is_dir():
+        partial = folder.with_name(folder.name + ".partial")
+        write_base(case.architecture, layers, partial / base.name)
+        for place, expert in enumerate(experts):
+            write_expert(case.architecture, layers, partial / expert.name, partial / base.name, place)
+        partial.rename(folder)
+    return base, experts
+
+
+def measure(
+    case: Case, base: Path, experts: list[Path], layers: int, recipes: list[str], rounds: int, work: Path, device: str
+) -> list[Run]:
+    """Run all recipes in turns."""
     architecture = case.architecture
-    base = write_base(architecture, layers, work / "base")
-    experts = [
-        write_expert(architecture, layers, work / f"expert{place}", base, place) for place in range(case.experts)
-    ]
     usages: dict[str, list[Usage]] = {recipe: [] for recipe in recipes}
     for place in range(rounds):
         for recipe in recipes:
@@ -150,6 +160,7 @@ def report(record: Record) -> str:
 @click.option("--layers", type=click.IntRange(min=1), help="Of a shortened model. [default: the real depth]")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--work", type=click.Path(path_type=Path), help="Holds the checkpoints: 13 GB for llama-1b, 33 for 3b.")
+@click.option("--keep", is_flag=True, help="Leave the checkpoints in --work, and use those that are there.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default="benchmarks/results")
 def main(
     cases: tuple[str, ...],
@@ -158,6 +169,7 @@ def main(
     layers: int | None,
     device: str,
     work: Path | None,
+    keep: bool,
     results: Path,
 ) -> None:
     """See the module's docstring."""
@@ -170,11 +182,13 @@ def main(
     for name in cases or CASES:
         case = CASES[name]
         depth = layers or case.architecture.layers
-        with tempfile.TemporaryDirectory(prefix="merge-", dir=work) as folder:
-            for run in measure(
-                case, depth, list(recipes or RECIPES), rounds or case.rounds, Path(folder).resolve(), device
-            ):
-                record.add(run)
+        with tempfile.TemporaryDirectory(prefix="merge-", dir=work) as scratch:
+            folder = (work if work and keep else Path(scratch)).resolve() / f"{name}-{depth}"
+            base, experts = checkpoints(case, depth, folder)
+            chosen = list(recipes or RECIPES)
+            found = measure(case, base, experts, depth, chosen, rounds or case.rounds, Path(scratch).resolve(), device)
+        for run in found:
+            record.add(run)
         record.save(results / f"{stem}.json")
         (results / f"{stem}.md").write_text(report(record), encoding="utf-8")
     click.echo(report(record))

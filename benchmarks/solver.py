@@ -18,20 +18,27 @@ from benchmarks.speed import contenders
 from benchmarks.speed.layers import LARGE, SMALL, TABLE, Layer, Shape, adapted, fine_tuned, parse_shape
 from benchmarks.speed.memory import documented_bound, measurable, peak_of
 from benchmarks.speed.record import Memory, Record, Target, Timing, geometric_mean, machine
-from benchmarks.speed.tables import branches_table, contest_table, environment_line, memory_table, targets_table
+from benchmarks.speed.tables import (
+    branches_table,
+    contest_table,
+    environment_line,
+    errors_table,
+    memory_table,
+    targets_table,
+)
 from benchmarks.speed.timing import race
 from mergekit_ace.methods.catalogue import METHODS
 
 RESULTS = Path(__file__).parent / "results"
 BRANCHES = ("homogeneous", "heterogeneous")
 PEERS = ("tsv_m", "iso_c", "iso_cts")
-STUDIES = ("branches", "adapters", "peers", "methods", "memory")
+STUDIES = ("branches", "adapters", "errors", "peers", "methods", "memory")
 EXPERTS = (3, 8, 20)
 # Experts of the studies that do not vary them; the targets are stated for as many.
 SEVERAL = 8
 ROUNDS = 5
 # Seconds after which a case gets no further round.
-PATIENCE = 12.0
+PATIENCE = 15.0
 ADAM_STEPS = 300
 # Steps that are timed where all of them would take longer than PATIENCE; their difference is the time of a step.
 FEW_STEPS, MORE_STEPS = 3, 9
@@ -39,7 +46,7 @@ MEMORY_EXPERTS = (2, 16)
 
 
 def measure_branch(study: str, shape: Shape, layer: Layer, branch: str, device: str) -> Timing:
-    """Ours, the literal float32 steps and the floor, and the error of both merges."""
+    """Ours, the literal float32 steps and the floor."""
     seconds = race(
         {
             "ours": contenders.ours(layer, branch),
@@ -50,12 +57,12 @@ def measure_branch(study: str, shape: Shape, layer: Layer, branch: str, device: 
         patience=PATIENCE,
         device=device,
     )
-    return timing(study, shape, layer, seconds, errors=contenders.errors(layer, branch))
+    return timing(study, shape, layer, seconds)
 
 
 def measure_peers(shape: Shape, layer: Layer, device: str) -> Timing:
-    """Our heterogeneous branch, the dearer one, against the data-free peers."""
-    runs = {"ours": contenders.ours(layer, "heterogeneous")}
+    """Our heterogeneous branch, the dearer one, and our default against the data-free peers."""
+    runs = {"ours": contenders.ours(layer, "heterogeneous"), "default": contenders.ours(layer, "default")}
     runs |= {name: contenders.peer(layer, name) for name in PEERS}
     seconds = race(runs, rounds=3, patience=PATIENCE, device=device)
     few, more = (contenders.peer(layer, "wudi_adam", steps) for steps in (FEW_STEPS, MORE_STEPS))
@@ -129,7 +136,7 @@ def targets(record: Record, device: str) -> list[Target]:
         return [row for row in rows if (row.m, row.n) in named]
 
     compared = [row for row in record.timings if "literal" in row.seconds]
-    errors = [row.errors["ours"] / row.errors["literal"] for row in compared if row.errors]
+    errors = [row.errors["ours"] / row.errors["literal"] for row in record.timings if row.errors]
     peaks = {row.key: row.peak for row in record.memory}
     few, many = MEMORY_EXPERTS
     smaller = {key: (*key[:-1], few) for key in peaks if key[-1] == many}
@@ -179,6 +186,9 @@ def report(record: Record, device: str) -> str:
     for study, title in notes.items():
         if rows := in_order(row for row in record.timings if row.study == study):
             parts += [f"## {title}\n", branches_table(rows)]
+    if rows := in_order(row for row in record.timings if row.errors):
+        parts += ["## Relative error of the merged task vector, against the literal steps in float64\n"]
+        parts += [errors_table(rows)]
     if rows := in_order(row for row in record.timings if row.study == "peers"):
         title = f"## Peers, plainly written in float32; WUDI with {ADAM_STEPS} Adam steps, ~ extrapolated from fewer\n"
         parts += [title, contest_table(rows, to="ours")]
@@ -243,10 +253,21 @@ def main(
                 layer = fine_tuned(shape, number, device)
                 for branch in BRANCHES:
                     keep(measure_branch(branch, shape, layer, branch, device))
+        if "errors" in studies:
+            for number in numbers:
+                layer = fine_tuned(shape, number, device)
+                for branch in BRANCHES:
+                    found = contenders.errors(layer, branch)
+                    keep(timing(f"errors, {branch}", shape, layer, {}, errors=found))
         if "adapters" in studies:
             layer = adapted(shape, several, device)
             for branch in BRANCHES:
                 keep(measure_branch(f"adapters, {branch}", shape, layer, branch, device))
+        if "errors" in studies:
+            layer = adapted(shape, several, device)
+            for branch in BRANCHES:
+                found = contenders.errors(layer, branch)
+                keep(timing(f"errors, adapters, {branch}", shape, layer, {}, errors=found))
         if {"peers", "methods"} & set(studies):
             layer = fine_tuned(shape, several, device)
             if "peers" in studies:
@@ -255,7 +276,7 @@ def main(
                 keep(measure_methods(shape, layer, device))
         if "memory" in studies:
             if measurable(device):
-                for branch in BRANCHES:
+                for branch in contenders.OPTIONS:
                     for row in measure_memory(shape, branch, device):
                         keep(row)
             else:
@@ -268,7 +289,8 @@ def told(row: Timing | Memory) -> str:
     place = f"{row.study}, {row.m}x{row.n}, {row.experts} experts:"
     if isinstance(row, Memory):
         return f"{place} {row.peak / 2**20:.0f} MiB"
-    return f"{place} " + ", ".join(f"{name} {row.best(name):.3g} s" for name in row.seconds)
+    told = [f"{name} {row.best(name):.3g} s" for name in row.seconds]
+    return f"{place} " + ", ".join(told + [f"{name} {error:.1e}" for name, error in row.errors.items()])
 
 
 if __name__ == "__main__":

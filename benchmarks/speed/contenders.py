@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.speed.layers import Layer
+from mergekit_ace.layer.covariance_methods import ACE
 from mergekit_ace.layer.merge import merge_by_covariance
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.task_vectors import Expert, TaskVectors
@@ -23,26 +24,30 @@ Merge = Callable[[], Tensor]
 # What the authors set for RoBERTa. At the updates' real size their other value, 1e-2, exceeds every eigenvalue of the
 # system: any solver would look exact.
 EPSILON = 1e-5
-THRESHOLDS = {"homogeneous": math.inf, "heterogeneous": 0.0}
-"""A threshold that no layer exceeds, and one that every layer does; otherwise the published options."""
+OPTIONS = {
+    "homogeneous": CovarianceOptions(epsilon=EPSILON, heterogeneity_threshold=math.inf),
+    "heterogeneous": CovarianceOptions(epsilon=EPSILON, heterogeneity_threshold=0.0),
+    "default": ACE,
+}
+"""The published method's two branches, by a threshold that no layer exceeds and one that every layer does; and what
+`merge_method: ace` does when told nothing."""
 RELATIVE_RANK = 1e-5
 """Singular values below this share of the largest are rounding in differences of float32 weights."""
 
 
 def ours(layer: Layer, branch: str) -> Merge:
-    """`merge_by_covariance`."""
-    options = CovarianceOptions(epsilon=EPSILON, heterogeneity_threshold=THRESHOLDS[branch])
+    """`merge_by_covariance`, with the options of a name in `OPTIONS`."""
 
     def merge() -> Tensor:
         experts = [Expert(name=str(t), tensor=tensor) for t, tensor in enumerate(layer.experts)]
-        return merge_by_covariance(TaskVectors(layer.base, experts), options).task_vector
+        return merge_by_covariance(TaskVectors(layer.base, experts), OPTIONS[branch]).task_vector
 
     return merge
 
 
 def literal(layer: Layer, branch: str, dtype: torch.dtype = torch.float32) -> Merge:
     """The published steps one after the other, in float32; in float64, what both are held against."""
-    options = AceOptions(epsilon=EPSILON, heterogeneity_threshold=THRESHOLDS[branch])
+    options = AceOptions(epsilon=EPSILON, heterogeneity_threshold=OPTIONS[branch].heterogeneity_threshold)
 
     def merge() -> Tensor:
         with torch.device(layer.base.device):

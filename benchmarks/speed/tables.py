@@ -35,19 +35,31 @@ def layer_cells(row: Timing) -> list[str]:
 
 
 def branches_table(timings: list[Timing]) -> str:
-    """Ours, the literal steps and the floor: best seconds, medians of the ratios in a round, errors."""
+    """Ours, the literal steps and the floor: best seconds, medians of the ratios in a round."""
     lines = [
         [
             *layer_cells(row),
             *(seconds(row, name) for name in ("ours", "literal", "floor")),
             ratio(row, "literal", "ours"),
             ratio(row, "ours", "floor"),
-            *(f"{row.errors[name]:.1e}" if name in row.errors else "" for name in ("ours", "literal")),
         ]
         for row in timings
     ]
     header = ["model", "layer", "experts", "ours, s", "literal, s", "floor, s", "literal / ours", "ours / floor"]
-    return markdown([*header, "error, ours", "error, literal"], lines)
+    return markdown(header, lines)
+
+
+def errors_table(timings: list[Timing]) -> str:
+    lines = [
+        [
+            *layer_cells(row),
+            row.study.removeprefix("errors, "),
+            *(f"{row.errors[name]:.1e}" for name in ("ours", "literal")),
+            f"{row.errors['ours'] / row.errors['literal']:.2f}",
+        ]
+        for row in timings
+    ]
+    return markdown(["model", "layer", "experts", "branch", "ours", "literal float32", "ours / literal"], lines)
 
 
 def contest_table(timings: list[Timing], *, to: str | None) -> str:

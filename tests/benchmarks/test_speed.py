@@ -107,7 +107,8 @@ def test_the_targets_are_taken_from_the_right_rows() -> None:
             seconds = {"ours": [ours], "literal": [4.0], "floor": [1.0]}
             errors = {"ours": 3e-6, "literal": 1e-6 * ours}
             place = {"model": shape.model, "m": shape.m, "n": shape.n}
-            record.add(Timing(study=branch, **place, experts=8, seconds=seconds, errors=errors))
+            record.add(Timing(study=branch, **place, experts=8, seconds=seconds))
+            record.add(Timing(study=f"errors, {branch}", **place, experts=8, seconds={}, errors=errors))
             record.add(Timing(study=branch, **place, experts=3, seconds=seconds | {"ours": [2.0]}))
     for experts, peak in ((2, 100), (16, 130)):
         record.add(Memory(study="homogeneous", model="x", m=4, n=4, experts=experts, peak=peak, bound=200))
@@ -139,7 +140,7 @@ def test_shapes_of_another_form_are_refused(text: str) -> None:
 
 def test_the_solver_benchmark_keeps_and_replaces_rows(tmp_path: Path) -> None:
     options = ["--shapes", "24x16", "--experts", "2", "--results", str(tmp_path)]
-    for study in ("branches", "adapters", "peers", "methods"):
+    for study in ("branches", "adapters", "errors", "peers", "methods"):
         options += ["--study", study]
     done = CliRunner().invoke(solver.main, options, catch_exceptions=False)
     assert done.exit_code == 0
@@ -147,9 +148,11 @@ def test_the_solver_benchmark_keeps_and_replaces_rows(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "solver.json").read_text())
     studies = [row["study"] for row in saved["timings"]]
     adapters = [f"adapters, {branch}" for branch in solver.BRANCHES]
-    assert studies == [*solver.BRANCHES, *adapters, "peers", "methods"]
+    errors = [f"errors, {study}" for study in (*solver.BRANCHES, *adapters)]
+    assert studies == [*solver.BRANCHES, *errors[:2], *adapters, *errors[2:], "peers", "methods"]
+    assert all(0 < error < FLOAT32 for row in saved["timings"] for error in row["errors"].values())
     peers = saved["timings"][-2]
-    assert peers["seconds"].keys() == {"ours", "tsv_m", "iso_c", "iso_cts", "wudi_adam"}
+    assert peers["seconds"].keys() == {"ours", "default", "tsv_m", "iso_c", "iso_cts", "wudi_adam"}
     assert set(saved["timings"][-1]["seconds"]) >= {"ace", "tsv_m", "iso_c"}
     assert saved["environment"]["threads"] == str(torch.get_num_threads())
     assert "| other | 24x16 | 8 |" in (tmp_path / "solver.md").read_text()
@@ -207,12 +210,14 @@ def test_a_run_is_the_real_command_and_its_failure_is_told(
     assert merged["model.layers.1.mlp.up_proj.weight"].dtype == torch.bfloat16
     assert usage.seconds > 0
     assert usage.peak_rss > usage.peak_anonymous > 0
-    recipe.write_text("merge_method: no_such_method\n")
-    with pytest.raises(RuntimeError, match="no_such_method"):
+    recipe.write_text("merge_method: ace\n")
+    with pytest.raises(RuntimeError, match="Exactly one of"):
         mergekit_yaml(recipe, tmp_path / "failed")
 
 
-def test_the_merge_benchmark_deletes_its_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_merge_benchmark_deletes_its_checkpoints_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(merge.CASES, "roberta", merge.Case(architecture=TINY, experts=2))
     work, results = tmp_path / "work", tmp_path / "results"
     work.mkdir()
@@ -220,6 +225,9 @@ def test_the_merge_benchmark_deletes_its_checkpoints(tmp_path: Path, monkeypatch
     done = CliRunner().invoke(merge.main, [*options, "--results", str(results)], catch_exceptions=False)
     assert done.exit_code == 0
     assert not list(work.iterdir())
+    kept = ["--case", "roberta", "--recipe", "ace", "--layers", "1", "--work", str(work), "--keep"]
+    CliRunner().invoke(merge.main, [*kept, "--results", str(results)], catch_exceptions=False)
+    assert [folder.name for folder in work.iterdir()] == ["roberta-1"]
     runs = Record.load(results / "merge.json").runs
     assert [(run.recipe, run.layers, len(run.seconds)) for run in runs] == [("ties", 1, 1), ("ace", 1, 1)]
     assert "| tiny, 2 experts, bfloat16 | 1 | ace |" in (results / "merge.md").read_text()

@@ -8,7 +8,7 @@ from tests.checkpoints.adapters import add_adapter
 from tests.checkpoints.experts import Update, updates_for
 from tests.checkpoints.families import FAMILIES
 from tests.checkpoints.family import Family
-from tests.checkpoints.storage import Storage, read_tensors, save_model
+from tests.checkpoints.storage import Storage, edit_tensors, read_tensors, save_model
 from tests.checkpoints.suite import Suite, make_suite
 from tests.checkpoints.tokenizers import save_tokenizer
 
@@ -19,6 +19,7 @@ __all__ = [
     "Suite",
     "Update",
     "add_adapter",
+    "edit_tensors",
     "make_suite",
     "read_tensors",
     "save_model",

@@ -1,11 +1,13 @@
 """Checkpoints on disk: whole or sharded safetensors, or pickles."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -35,6 +37,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     for file in sorted(folder.glob("pytorch_model*.bin")):
         tensors |= torch.load(file, weights_only=True)
     return tensors
+
+
+@contextmanager
+def edit_tensors(file: Path) -> Iterator[dict[str, Tensor]]:
+    """Give the tensors of a safetensors file, and write it again with what becomes of them."""
+    # What is loaded may be the file itself, mapped into memory, and older versions of safetensors write in place.
+    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    yield tensors
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _save_pickles(tensors: dict[str, Tensor], folder: Path, shards: int) -> None:

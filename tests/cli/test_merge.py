@@ -10,12 +10,12 @@ import yaml
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registry
 from mergekit.options import MergeOptions
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mergekit_ace.output import engine
 from mergekit_ace.output.selection import PlannedTensor
 from mergekit_ace.recipe.failures import RecipeError
-from tests.checkpoints import Suite, make_suite
+from tests.checkpoints import Suite, edit_tensors, make_suite
 from tests.cli.conftest import Invoke
 from tests.commands import mergekit_yaml
 
@@ -118,11 +118,9 @@ def test_inputs_are_never_overwritten(tmp_path: Path, invoke: Invoke) -> None:
 @pytest.mark.parametrize("old", [None, "old"])
 def test_a_merge_that_fails_leaves_what_was_there(old: str | None, tmp_path: Path, invoke: Invoke) -> None:
     suite = make_suite("llama", tmp_path / "models", experts=2)
-    broken = suite.experts[1].path / "model.safetensors"
-    tensors = load_file(broken)
     name = "model.layers.2.mlp.up_proj.weight"
-    tensors[name][1, 2] = torch.nan
-    save_file(tensors, broken, metadata={"format": "pt"})
+    with edit_tensors(suite.experts[1].path / "model.safetensors") as tensors:
+        tensors[name][1, 2] = torch.nan
     recipe, out = tmp_path / "recipe.yml", tmp_path / "out"
     models = [{"model": str(expert.path)} for expert in suite.experts]
     recipe.write_text(yaml.safe_dump({"merge_method": "ace", "base_model": str(suite.base.path), "models": models}))

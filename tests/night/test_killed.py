@@ -30,6 +30,10 @@ MERGE = """
 import os, signal, sys
 import torch
 torch.set_num_threads(1)
+# As a terminal leaves them. Tests that were started in the background would pass on that SIGINT is ignored, and those
+# started by nohup that SIGHUP is; the command does well to leave that alone.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from mergekit.io import TensorWriter
 from mergekit_ace.cli import main
 

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import FAMILIES, Suite, make_suite, read_tensors
+from tests.checkpoints import FAMILIES, Suite, edit_tensors, make_suite, read_tensors
 from tests.checkpoints.suite import Checkpoint
 from tests.commands import mergekit_pytorch, mergekit_yaml
 from tests.end_to_end.comparison import assert_merged, assert_suite_merged, recipe_for, reference_for
@@ -75,15 +74,13 @@ def _is_buffer(name: str) -> bool:
 
 
 def _with_buffers(checkpoint: Checkpoint) -> Checkpoint:
-    file = checkpoint.path / "model.safetensors"
-    tensors = load_file(file)
-    dtype = next(iter(tensors.values())).dtype
-    for layer in range(3):
-        prefix = f"gpt_neox.layers.{layer}.attention"
-        tensors[f"{prefix}.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
-        tensors[f"{prefix}.masked_bias"] = torch.tensor(-1e9).to(dtype)
-        tensors[f"{prefix}.rotary_emb.inv_freq"] = torch.tensor([1.0, 0.1]).to(dtype)
-    save_file(tensors, file, metadata={"format": "pt"})
+    with edit_tensors(checkpoint.path / "model.safetensors") as tensors:
+        dtype = next(iter(tensors.values())).dtype
+        for layer in range(3):
+            prefix = f"gpt_neox.layers.{layer}.attention"
+            tensors[f"{prefix}.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.bool).tril()
+            tensors[f"{prefix}.masked_bias"] = torch.tensor(-1e9).to(dtype)
+            tensors[f"{prefix}.rotary_emb.inv_freq"] = torch.tensor([1.0, 0.1]).to(dtype)
     return Checkpoint(checkpoint.path, tensors)
 
 

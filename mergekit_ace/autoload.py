@@ -4,6 +4,12 @@ mergekit 0.1.5 looks for no plugins, and its users run `mergekit-yaml` unmodifie
 `mergekit_ace_autoload.pth`, whose single line calls `arm()` at every start of Python. That costs two small imports; the
 work is done only in a process that imports mergekit. Nothing here may import torch or mergekit, nor break an
 interpreter.
+
+Any thread may be the first to import mergekit, also beside `mergekit_ace.register()` in another. One order cannot be
+saved: while mergekit is first imported in one thread, another imports a module such as `mergekit_ace.methods.ace`
+directly. Each then holds the import lock that the other needs; Python breaks the deadlock with an error in the hook,
+which becomes the warning below, and the methods are unknown until somebody calls `register()`. Import mergekit, or
+`mergekit_ace.methods`, before such threads start.
 """
 
 import os

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from mergekit_ace.layer.ridge import Regularized
 from mergekit_ace.layer.task_vectors import TaskVectors
+from mergekit_ace.linalg.precision import squared_norm
 
 
 def effective_experts(task_vectors: TaskVectors) -> float:
@@ -23,9 +22,9 @@ def effective_experts(task_vectors: TaskVectors) -> float:
         task_vectors: of at least one expert.
     """
     count = len(task_vectors)
-    mean = float(torch.linalg.vector_norm(task_vectors.sum(), dtype=torch.float64)) / count
+    mean = squared_norm(task_vectors.sum()) / count**2
     # Rounding may put the ratio of identical updates a little below one.
-    return min(float(count**2), max(1.0, mean_energy(task_vectors) / mean**2)) if mean > 0 else float(count**2)
+    return min(float(count**2), max(1.0, mean_energy(task_vectors) / mean)) if mean > 0 else float(count**2)
 
 
 def mean_energy(task_vectors: TaskVectors) -> float:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_ace.linalg.blocks import blocks
 from mergekit_ace.linalg.precision import squared_norm, working_dtype
 
 
@@ -175,9 +176,12 @@ def mean_task_vector(base: Tensor, experts: Sequence[Expert], *, name: str) -> T
     total = torch.zeros_like(base, dtype=dtype, memory_format=torch.contiguous_format)
     weights = math.fsum(expert.weight for expert in voting)
     for expert in voting:
-        update = difference(expert.tensor, base, dtype)
-        _require_finite(float(torch.linalg.vector_norm(update, dtype=torch.float64)), base, expert, name)
-        total.add_(update, alpha=expert.weight / weights)
+        squares = base.new_zeros((), dtype=torch.float64)
+        for ours, theirs, sums in zip(blocks(base), blocks(expert.tensor), blocks(total), strict=True):
+            update = difference(theirs, ours, dtype)
+            squares += update.double().square().sum()
+            sums.add_(update, alpha=expert.weight / weights)
+        _require_finite(float(squares), base, expert, name)
     return total
 
 
@@ -185,19 +189,12 @@ def mean_task_vector(base: Tensor, experts: Sequence[Expert], *, name: str) -> T
 _EQUAL_ROWS = 1e-12
 
 
-# Elements measured at a time on a CPU: a block and its float64 copy stay in the cache, which makes the whole several
-# times faster than one reduction over the matrix, and needs no buffer of its size.
-_MEASURED_AT_ONCE = 1 << 17
-
-
 def _measure(base: Tensor, expert: Expert, dtype: torch.dtype, name: str) -> UpdateStatistics:
     m, n = base.shape
-    rows = m if base.device.type != "cpu" else _MEASURED_AT_ONCE // max(1, n)
     squares = base.new_zeros((), dtype=torch.float64)
     row_sum = base.new_zeros(n, dtype=torch.float64)
-    blocks = zip(torch.split(base, max(1, rows)), torch.split(expert.tensor, max(1, rows)), strict=True)
-    for ours, theirs in blocks:
-        update = theirs.to(dtype).sub(ours.to(dtype)).double()
+    for ours, theirs in zip(blocks(base), blocks(expert.tensor), strict=True):
+        update = difference(theirs, ours, dtype).double()
         squares += torch.dot(update.flatten(), update.flatten())
         row_sum += update.sum(dim=0)
     energy = float(squares)

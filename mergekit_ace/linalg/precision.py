@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mergekit_ace.linalg.blocks import blocks
+
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
@@ -33,19 +35,10 @@ def require_full_float32() -> None:
         )
 
 
-_BLOCK = 1 << 17
-"""Elements of a block that is reduced at a time."""
-
-
 def squared_norm(matrix: Tensor) -> float:
     """Squared Frobenius norm `||X||_F^2`, accumulated in float64 so that no float32 entry can over- or underflow it."""
-    if matrix.device.type != "cpu":
-        norm = torch.linalg.vector_norm(matrix, dtype=torch.float64)
-        return float(norm * norm)
-    # A block and its float64 copy stay in the cache: several times faster than one reduction, and no buffer.
-    rows = max(1, _BLOCK * len(matrix) // max(1, matrix.numel()))
-    total = torch.zeros((), dtype=torch.float64)
-    for block in torch.split(matrix, rows):
+    total = torch.zeros((), dtype=torch.float64, device=matrix.device)
+    for block in blocks(matrix):
         values = block.flatten().double()
         total += torch.dot(values, values)
     return float(total)

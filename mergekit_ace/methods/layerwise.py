@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ from torch import Tensor
 from mergekit_ace.layer.diagnostics import diagnostics
 from mergekit_ace.layer.merge import LayerMerge
 from mergekit_ace.layer.task_vectors import Expert, TaskVectors, mean_task_vector, require_finite_base
+from mergekit_ace.linalg.blocks import blocks
+from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.methods.advice import OnceEach, causes
 from mergekit_ace.methods.parameters import LAMBDA, RecipeParameter, common_parameters
 from mergekit_ace.policy import Choice, Treatment, is_embedding, treatment
@@ -101,7 +104,7 @@ class LayerwiseMethod(GroupMergeMethod):
             LOG.info(
                 "%s %s: %s; %s %.3f s", name, tuple(base.shape), treated.reason, notes, time.perf_counter() - started
             )
-        if treated.kind != "buffer" and not bool(torch.isfinite(merged).all()):
+        if treated.kind != "buffer" and not math.isfinite(squared_norm(merged)):
             raise ValueError(
                 f"{name}: every merged weight must be finite; the merge exceeds the range of {merged.dtype}. "
                 "Set dtype: float32 in the recipe (and out_dtype: bfloat16 for a small result), or a smaller lambda."
@@ -169,7 +172,9 @@ class LayerwiseMethod(GroupMergeMethod):
 
 def _apply(base: Tensor, task_vector: Tensor, scale: float) -> Tensor:
     """`base + scale * task_vector`, added in the working dtype, rounded once to the base's; consumes `task_vector`."""
-    return task_vector.mul_(scale).add_(base).to(base.dtype)
+    for update, weights in zip(blocks(task_vector), blocks(base), strict=True):
+        update.mul_(scale).add_(weights)
+    return task_vector.to(base.dtype)
 
 
 def _sole(base: Tensor, task_vectors: TaskVectors, scale: float) -> Tensor:

@@ -83,6 +83,7 @@ def measure(
             usages[recipe].append(usage)
             click.echo(
                 f"{architecture.name}, {layers} layers, {recipe}, round {place + 1}: {usage.seconds:.1f} s, "
+                f"{usage.cpu_seconds:.1f} s of CPU, "
                 f"{usage.peak_rss / 1e9:.2f} GB"
             )
     return [
@@ -91,6 +92,7 @@ def measure(
             layers=layers,
             recipe=recipe,
             seconds=[round(usage.seconds, 2) for usage in found],
+            cpu_seconds=[round(usage.cpu_seconds, 2) for usage in found],
             peak_rss=[usage.peak_rss for usage in found],
             peak_anonymous=[usage.peak_anonymous for usage in found],
             peak_device=[usage.peak_device for usage in found],

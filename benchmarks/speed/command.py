@@ -23,6 +23,7 @@ class Usage:
     """Of one run, start of Python and imports included."""
 
     seconds: float
+    cpu_seconds: float
     peak_rss: int
     peak_anonymous: int
     peak_device: int
@@ -52,6 +53,7 @@ def mergekit_yaml(recipe: Path, out: Path, *options: str) -> Usage:
     unit = 1 if sys.platform == "darwin" else 1024
     return Usage(
         seconds=seconds,
+        cpu_seconds=usage.ru_utime + usage.ru_stime,
         peak_rss=usage.ru_maxrss * unit,
         peak_anonymous=sampler.peak,
         peak_device=int(peak_file.read_text()),

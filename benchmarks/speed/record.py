@@ -73,6 +73,8 @@ class Run:
     layers: int
     recipe: str
     seconds: list[float]
+    cpu_seconds: list[float]
+    """Of all threads; other work on the machine hardly changes it."""
     peak_rss: list[int]
     """Bytes: the kernel's maximum, mapped pages of the input files included."""
     peak_anonymous: list[int]
@@ -88,6 +90,10 @@ class Run:
     def ratio(self, to: "Run") -> float:
         """Median over the rounds of the seconds divided by `to`'s."""
         return statistics.median(a / b for a, b in zip(self.seconds, to.seconds, strict=False))
+
+    def cpu_ratio(self, to: "Run") -> float:
+        """The same of CPU seconds."""
+        return statistics.median(a / b for a, b in zip(self.cpu_seconds, to.cpu_seconds, strict=False))
 
 
 @dataclass(kw_only=True)

@@ -104,8 +104,10 @@ def runs_table(record: Record, to: str) -> str:
                 run.recipe,
                 f"{min(run.seconds):.1f}",
                 f"{run.ratio(against):.2f}" if against else "",
+                f"{min(run.cpu_seconds):.1f}",
+                f"{run.cpu_ratio(against):.2f}" if against else "",
                 *(f"{peak / 1e9:.2f}" for peak in peaks),
             ]
         )
-    header = ["checkpoints", "layers", "recipe", "seconds", f"to {to}", "peak RSS, GB"]
+    header = ["checkpoints", "layers", "recipe", "seconds", f"to {to}", "CPU s", f"CPU to {to}", "peak RSS, GB"]
     return markdown([*header, "its own memory, GB", "device, GB"], lines)

@@ -209,6 +209,7 @@ def test_a_run_is_the_real_command_and_its_failure_is_told(
     merged = read_tensors(tmp_path / "out")
     assert merged["model.layers.1.mlp.up_proj.weight"].dtype == torch.bfloat16
     assert usage.seconds > 0
+    assert usage.cpu_seconds > 0
     assert usage.peak_rss > usage.peak_anonymous > 0
     recipe.write_text("merge_method: ace\n")
     with pytest.raises(RuntimeError, match="Exactly one of"):
@@ -242,6 +243,7 @@ def test_two_depths_give_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
             layers=layers,
             recipe="ace",
             seconds=[seconds],
+            cpu_seconds=[seconds],
             peak_rss=[0],
             peak_anonymous=[0],
             peak_device=[0],

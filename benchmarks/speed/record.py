@@ -74,7 +74,7 @@ class Run:
     recipe: str
     seconds: list[float]
     cpu_seconds: list[float]
-    """Of all threads; other work on the machine hardly changes it."""
+    """Of all threads, those that spin while they wait included."""
     peak_rss: list[int]
     """Bytes: the kernel's maximum, mapped pages of the input files included."""
     peak_anonymous: list[int]

@@ -163,6 +163,7 @@ def machine(device: str) -> dict[str, str]:
         "processor": _processor(),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
+        "load average at the start": f"{os.getloadavg()[0]:.1f}",
         "date": today(),
     }
     if device == "cuda":

@@ -32,6 +32,9 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    # First, and with no lock of ours held: another thread may be importing it, and its startup hook imports ours.
+    import mergekit.merge_methods  # noqa: F401
+
     return getattr(importlib.import_module(_PUBLIC[name]), name)
 
 

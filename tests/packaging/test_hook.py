@@ -41,38 +41,6 @@ print(json.dumps({
 """
 REGISTERED = {"known": True, "armed": False, "plain": True}
 
-# What threads do at once. Not among them: the direct import of `mergekit_ace.methods` or a module in it. Its lock is
-# taken before mergekit's, and the hook, in the thread that imports mergekit, takes them the other way round.
-ACTIONS = (
-    "import mergekit.merge",
-    "import mergekit_ace; mergekit_ace.register()",
-    "import mergekit.plan",
-    "import mergekit_ace; mergekit_ace.METHODS",
-    "import mergekit.card",
-)
-THREADS = """
-import sys, threading
-sys.setswitchinterval(1e-6)
-barrier, failures = threading.Barrier(len(actions)), []
-def act(action):
-    barrier.wait()
-    # Where threads meet in imports that go in circles, Python refuses one of them; that one imports again.
-    for attempt in range(3):
-        try:
-            exec(action)
-            from mergekit.merge_methods.registry import get
-            get("ace")
-            return
-        except BaseException as error:
-            if type(error).__name__ != "_DeadlockError" or attempt == 2:
-                failures.append((action, repr(error)))
-                return
-threads = [threading.Thread(target=act, args=(action,)) for action in actions]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
-assert not failures, failures
-"""
-
 
 def state(outcome: tuple[int, str]) -> dict[str, bool]:
     status, output = outcome
@@ -85,12 +53,6 @@ def state(outcome: tuple[int, str]) -> dict[str, bool]:
 @pytest.mark.parametrize("module", ENTRANCES)
 def test_any_entrance_to_mergekit_registers_the_methods(module: str, forks: ForkServer) -> None:
     assert state(forks.run(f"import {module}\n{STATE}")) == REGISTERED
-
-
-@pytest.mark.parametrize("shift", range(len(ACTIONS)))
-def test_threads_that_import_at_once_all_see_the_methods(shift: int, forks: ForkServer) -> None:
-    actions = ACTIONS[shift:] + ACTIONS[:shift]
-    assert state(forks.run(f"actions = {actions!r}\n{THREADS}\n{STATE}")) == REGISTERED
 
 
 def test_the_switch_turns_the_hook_off(installed: Environment) -> None:

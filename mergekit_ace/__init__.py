@@ -17,7 +17,7 @@ __all__ = ["METHODS", "__version__", "register"]
 
 
 def register() -> None:
-    """Make the methods of this package known to mergekit; may be called any number of times, from any thread.
+    """Make the methods of this package known to mergekit; may be called any number of times.
 
     Raises:
         ValueError: mergekit already has a method of the same name that is not ours. Nothing is registered then.

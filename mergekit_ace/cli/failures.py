@@ -14,6 +14,7 @@ from types import FrameType
 import click
 
 from mergekit_ace.recipe.failures import message_of
+from mergekit_ace.report.wording import printable
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -76,8 +77,3 @@ def describe(error: BaseException) -> str:
     if isinstance(error, MemoryError) and not str(error):
         return "out of memory"
     return message_of(error)
-
-
-def printable(text: str) -> str:
-    """Return a text with control characters spelled out: names come from checkpoints, and must not steer a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

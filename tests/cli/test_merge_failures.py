@@ -6,7 +6,8 @@ import signal
 import click
 import pytest
 
-from mergekit_ace.cli.failures import describe, printable, reported
+from mergekit_ace.cli.failures import describe, reported
+from mergekit_ace.report.wording import printable
 
 
 @pytest.mark.parametrize(

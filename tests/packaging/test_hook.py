@@ -55,6 +55,31 @@ def test_any_entrance_to_mergekit_registers_the_methods(module: str, forks: Fork
     assert state(forks.run(f"import {module}\n{STATE}")) == REGISTERED
 
 
+THREADS = """
+import os, sys, threading
+os.environ["MERGEKIT_ACE_AUTOLOAD"] = "0"
+sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "_RegistryFinder"]
+import mergekit.merge_methods, mergekit_ace
+sys.setswitchinterval(1e-6)
+barrier, failures = threading.Barrier(8), []
+def act():
+    barrier.wait()
+    try:
+        mergekit_ace.register()
+        mergekit.merge_methods.get("ace")
+    except BaseException as error:
+        failures.append(repr(error))
+threads = [threading.Thread(target=act) for _ in range(8)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert not failures, failures
+"""
+
+
+def test_threads_that_register_at_once_register_each_method_once(forks: ForkServer) -> None:
+    assert state(forks.run(f"{THREADS}\n{STATE}")) == REGISTERED
+
+
 def test_the_switch_turns_the_hook_off(installed: Environment) -> None:
     assert "_RegistryFinder" not in installed.run("-c", FINDERS, MERGEKIT_ACE_AUTOLOAD="0").stdout
     assert "_RegistryFinder" in installed.run("-c", FINDERS, MERGEKIT_ACE_AUTOLOAD="1").stdout

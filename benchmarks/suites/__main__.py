@@ -17,6 +17,10 @@ def kind_of(name: str) -> Kind:
         from .digits import Digits
 
         return Digits()
+    if name == "encoder":
+        from .encoder import Encoder
+
+        return Encoder()
     from .decoder import Decoder
 
     return Decoder()

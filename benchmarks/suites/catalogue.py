@@ -15,6 +15,10 @@ def decoder(task: str, **changes: object) -> Expert:
     return Expert(**{"task": task, "steps": 200, "learning_rate": 1e-3, **changes})
 
 
+def encoder(task: str, **changes: object) -> Expert:
+    return Expert(**{"task": task, "steps": 300, "learning_rate": 5e-5, **changes})
+
+
 DIGITS = Suite(
     name="digits",
     kind="digits",
@@ -91,6 +95,21 @@ DECODER_LORA = Suite(
         decoder("backwards", lora_rank=32, learning_rate=2e-3, steps=100),
     ),
 )
+ENCODER = Suite(
+    name="encoder",
+    kind="encoder",
+    experts=tuple(map(encoder, ("library", "subject", "masked", "order"))),
+)
+ENCODER_LORA = Suite(
+    name="encoder-lora",
+    kind="encoder",
+    experts=(
+        encoder("library", lora_rank=8, learning_rate=5e-4, steps=200),
+        encoder("masked", lora_rank=16, learning_rate=5e-4, steps=200),
+        encoder("category", lora_rank=32, learning_rate=5e-4, steps=200),
+        encoder("arguments", lora_rank=8, learning_rate=5e-4, steps=200),
+    ),
+)
 
 SUITES = {
     suite.name: suite
@@ -106,5 +125,7 @@ SUITES = {
         DECODER_BF16,
         DECODER_UNEVEN,
         DECODER_LORA,
+        ENCODER,
+        ENCODER_LORA,
     )
 }

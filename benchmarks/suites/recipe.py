@@ -24,7 +24,7 @@ class Expert:
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """A named set of experts of one kind (`digits` or `decoder`), their base pre-trained from `seed`."""
+    """A named set of experts of one kind: `digits`, `decoder`, `encoder`. A base of ours is pre-trained from `seed`."""
 
     name: str
     kind: str

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from mergekit_ace.layer.ridge import Regularized
 from mergekit_ace.layer.task_vectors import TaskVectors
-from mergekit_ace.linalg.precision import squared_norm
 
 
 def effective_experts(task_vectors: TaskVectors) -> float:
@@ -22,7 +21,7 @@ def effective_experts(task_vectors: TaskVectors) -> float:
         task_vectors: of at least one expert.
     """
     count = len(task_vectors)
-    mean = squared_norm(task_vectors.sum()) / count**2
+    mean = task_vectors.energy_of_mean
     # Rounding may put the ratio of identical updates a little below one.
     return min(float(count**2), max(1.0, mean_energy(task_vectors) / mean)) if mean > 0 else float(count**2)
 

@@ -63,14 +63,17 @@ class TaskVectors:
         self.base = base
         self.dtype = working_dtype(base.dtype)
         candidates = voting_experts(experts, name=name)
-        statistics = [_measure(base, expert, self.dtype, name) for expert in candidates]
+        statistics, mean_energy = _measure(base, candidates, self.dtype, name)
         noise = _storage_noise(base, self.dtype) if any(measured.energy > 0 for measured in statistics) else 0.0
         informative = [pair for pair in zip(candidates, statistics, strict=True) if pair[1].energy > noise]
         self.left_out = tuple(expert.name for expert in experts if not any(expert is kept for kept, _ in informative))
         self.experts = tuple(expert for expert, _ in informative)
         self.statistics = tuple(measured for _, measured in informative)
-        mean_weight = math.fsum(expert.weight for expert in self.experts) / max(1, len(self.experts))
-        self.shares = tuple(expert.weight / mean_weight for expert in self.experts)
+        weights = math.fsum(expert.weight for expert in self.experts)
+        self.shares = tuple(len(self.experts) * expert.weight / weights for expert in self.experts)
+        all_weights = math.fsum(expert.weight for expert in candidates)
+        self.energy_of_mean = mean_energy * (all_weights / weights) ** 2 if self.experts else 0.0
+        """`||sum_t a_t D_t / T||_F^2`, the squared length of the mean update."""
 
     def __len__(self) -> int:
         """`T`: experts with information."""
@@ -189,18 +192,34 @@ def mean_task_vector(base: Tensor, experts: Sequence[Expert], *, name: str) -> T
 _EQUAL_ROWS = 1e-12
 
 
-def _measure(base: Tensor, expert: Expert, dtype: torch.dtype, name: str) -> UpdateStatistics:
+def _measure(
+    base: Tensor, experts: Sequence[Expert], dtype: torch.dtype, name: str
+) -> tuple[list[UpdateStatistics], float]:
+    """What each expert's update says, and the squared length of their weighted mean, in one pass and no buffer."""
     m, n = base.shape
-    squares = base.new_zeros((), dtype=torch.float64)
-    row_sum = base.new_zeros(n, dtype=torch.float64)
-    for ours, theirs in zip(blocks(base), blocks(expert.tensor), strict=True):
-        update = difference(theirs, ours, dtype).double()
-        squares += torch.dot(update.flatten(), update.flatten())
-        row_sum += update.sum(dim=0)
-    energy = float(squares)
-    _require_finite(energy, base, expert, name)
-    centered = energy - float(row_sum.square().sum()) / max(1, m)
-    return UpdateStatistics(energy=energy, centered_energy=centered if centered > _EQUAL_ROWS * energy else 0.0)
+    weights = math.fsum(expert.weight for expert in experts)
+    squares = base.new_zeros(len(experts), dtype=torch.float64)
+    row_sums = base.new_zeros((len(experts), n), dtype=torch.float64)
+    mean_square = base.new_zeros((), dtype=torch.float64)
+    for ours, *theirs in zip(blocks(base), *(blocks(expert.tensor) for expert in experts), strict=True):
+        together = torch.zeros_like(ours, dtype=dtype)
+        for t, (expert, tensor) in enumerate(zip(experts, theirs, strict=True)):
+            update = difference(tensor, ours, dtype)
+            together.add_(update, alpha=expert.weight / weights)
+            precise = update.double()
+            squares[t] += torch.dot(precise.flatten(), precise.flatten())
+            row_sums[t] += precise.sum(dim=0)
+        precise = together.double()
+        mean_square += torch.dot(precise.flatten(), precise.flatten())
+    statistics = []
+    of_means = row_sums.square().sum(dim=1) / max(1, m)
+    for expert, energy, of_mean in zip(experts, squares.tolist(), of_means.tolist(), strict=True):
+        _require_finite(energy, base, expert, name)
+        centered = energy - of_mean
+        statistics.append(
+            UpdateStatistics(energy=energy, centered_energy=centered if centered > _EQUAL_ROWS * energy else 0.0)
+        )
+    return statistics, float(mean_square)
 
 
 def require_finite_base(base: Tensor, *, name: str) -> None:

@@ -7,7 +7,6 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from mergekit_ace.layer.task_vectors import Expert, TaskVectors, mean_task_vecto
 from mergekit_ace.linalg.blocks import blocks
 from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.methods.advice import OnceEach, causes
+from mergekit_ace.methods.matrices import Matrix, inputs_last, matrices, weighted_experts
 from mergekit_ace.methods.parameters import LAMBDA, RecipeParameter, common_parameters
 from mergekit_ace.policy import Choice, Treatment, is_embedding, treatment
 
@@ -87,10 +87,7 @@ class LayerwiseMethod(GroupMergeMethod):
         name = group.metadata.name or "the tensor"
         assert group.base is not None  # the contract requires one
         base = group.base.tensor
-        experts = [
-            Expert(name=str(entry.id), tensor=entry.tensor, weight=parameters["weight"][entry.id])
-            for entry in group.non_base
-        ]
+        experts = weighted_experts(group, parameters)
         started = time.perf_counter()
         treated = self.treat(name, base.shape, group.metadata.vocabulary_axis, parameters)
         if treated.kind == "matrix" and is_embedding(name, group.metadata.vocabulary_axis):
@@ -140,34 +137,27 @@ class LayerwiseMethod(GroupMergeMethod):
             return base.clone(), ""
         if treated.kind == "average":
             return _apply(base, mean_task_vector(base, experts, name=name), self.scale(parameters)), ""
+        parts = matrices(name, base, experts, parameters)
         if treated.kind == "matrix":
-            return self._merge_matrix(base, experts, parameters, name)
-        merged = torch.empty_like(base)
-        notes = ""
-        for index in range(base.shape[0]):
-            slices = [replace(expert, tensor=expert.tensor[index]) for expert in experts]
-            merged[index], notes = self._merge_matrix(base[index], slices, parameters, f"{name}[{index}]")
+            weight, notes = self._merge_one(next(parts), parameters)
+            return inputs_last(weight, parameters), notes
+        merged, notes = torch.empty_like(base), ""
+        for matrix in parts:
+            weight, notes = self._merge_one(matrix, parameters)
+            merged[matrix.place] = inputs_last(weight, parameters)
         return merged, notes
 
-    def _merge_matrix(
-        self, base: Tensor, experts: Sequence[Expert], parameters: Mapping[str, Any], name: str
-    ) -> tuple[Tensor, str]:
-        turned = parameters["input_axis"] == "first"
-        if turned:
-            base = base.mT
-            experts = [replace(expert, tensor=expert.tensor.mT) for expert in experts]
-        task_vectors = TaskVectors(base, experts, name=name)
+    def _merge_one(self, matrix: Matrix, parameters: Mapping[str, Any]) -> tuple[Tensor, str]:
+        task_vectors = TaskVectors(matrix.base, matrix.experts, name=matrix.name)
         if len(task_vectors) == 0:
-            merged, notes = base.clone(), "no expert changed it"
-        elif len(task_vectors) == 1:
-            merged = _sole(base, task_vectors, self.scale(parameters))
-            notes = f"only {task_vectors.experts[0].name} changed it"
-        else:
-            layer = self.merge_matrix(task_vectors, parameters)
-            for cause, message in causes(layer, max(task_vectors.energies) ** 0.5):
-                self._once.warn(cause, f"{name}: {message}")
-            merged, notes = _apply(base, layer.task_vector, self.scale(parameters)), layer.describe()
-        return (merged.mT if turned else merged), notes
+            return matrix.base.clone(), "no expert changed it"
+        if len(task_vectors) == 1:
+            weight = _sole(matrix.base, task_vectors, self.scale(parameters))
+            return weight, f"only {task_vectors.experts[0].name} changed it"
+        layer = self.merge_matrix(task_vectors, parameters)
+        for cause, message in causes(layer, max(task_vectors.energies) ** 0.5):
+            self._once.warn(cause, f"{matrix.name}: {message}")
+        return _apply(matrix.base, layer.task_vector, self.scale(parameters)), layer.describe()
 
 
 def _apply(base: Tensor, task_vector: Tensor, scale: float) -> Tensor:

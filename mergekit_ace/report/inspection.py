@@ -19,6 +19,7 @@ from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.task_vectors import Expert, TaskVectors, require_finite_base
 from mergekit_ace.methods.ace import Ace
 from mergekit_ace.methods.layerwise import LayerwiseMethod
+from mergekit_ace.methods.matrices import matrices, weighted_experts
 from mergekit_ace.policy import Treatment
 from mergekit_ace.recipe.failures import READING, message_of
 from mergekit_ace.recipe.plan import Inputs, Plan, PlannedTensor, planned, read_recipe
@@ -107,8 +108,7 @@ def _layers(plan: Plan, layer: LayerReport, inputs: Inputs, mode: Mode) -> Itera
         return
     assert group.base is not None  # every method of ours requires one, and mergekit has seen to it
     base = group.base.tensor
-    weights = inputs.parameters["weight"]
-    experts = [Expert(name=str(e.id), tensor=e.tensor, weight=weights[e.id]) for e in group.non_base]
+    experts = weighted_experts(group, inputs.parameters)
     treated = method.treat(layer.name, base.shape, group.metadata.vocabulary_axis, inputs.parameters)
     layer = replace(layer, reason=treated.reason)
     if treated.kind == "buffer":
@@ -117,17 +117,10 @@ def _layers(plan: Plan, layer: LayerReport, inputs: Inputs, mode: Mode) -> Itera
     if treated.kind in ("average", "base"):
         yield _unsolved(layer, treated, base, experts)
         return
-    slices = [(layer.name, base, experts)]
-    if treated.kind == "stack":
-        slices = [
-            (f"{layer.name}[{i}]", base[i], [replace(expert, tensor=expert.tensor[i]) for expert in experts])
-            for i in range(base.shape[0])
-        ]
-    for name, matrix, others in slices:
-        if inputs.parameters["input_axis"] == "first":
-            matrix, others = matrix.mT, [replace(expert, tensor=expert.tensor.mT) for expert in others]
-        part = replace(layer, name=name, shape=tuple(base.shape[-2:]))
-        yield _matrix(part, method, TaskVectors(matrix, others, name=name), others, inputs.parameters, mode)
+    for matrix in matrices(layer.name, base, experts, inputs.parameters):
+        part = replace(layer, name=matrix.name, shape=tuple(base.shape[-2:]))
+        task_vectors = TaskVectors(matrix.base, matrix.experts, name=matrix.name)
+        yield _matrix(part, method, task_vectors, matrix.experts, inputs.parameters, mode)
 
 
 def _matrix(

@@ -1,0 +1,58 @@
+"""The `[out, in]` matrices that a stored tensor is made of: a weight as it is or transposed, or a stack of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mergekit.merge_methods.base import TensorGroup
+from torch import Tensor
+
+from mergekit_ace.layer.task_vectors import Expert
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """One matrix of every model, inputs last; views of what is stored.
+
+    Attributes:
+        name: how messages call it.
+        place: its index in the tensor; `()` where it is all of it.
+        base: `[out, in]`.
+        experts: of the same shape.
+    """
+
+    name: str
+    place: tuple[int, ...]
+    base: Tensor
+    experts: tuple[Expert, ...]
+
+
+def weighted_experts(group: TensorGroup, parameters: Mapping[str, Any]) -> tuple[Expert, ...]:
+    """A group's tensors but the base, with their weights in the recipe."""
+    weights = parameters["weight"]
+    return tuple(Expert(name=str(entry.id), tensor=entry.tensor, weight=weights[entry.id]) for entry in group.non_base)
+
+
+def matrices(name: str, base: Tensor, experts: Sequence[Expert], parameters: Mapping[str, Any]) -> Iterator[Matrix]:
+    """Every matrix of a tensor.
+
+    Args:
+        name: of the tensor; slices are called `name[e]`.
+        base: of two or three dimensions.
+        experts: of its shape.
+        parameters: with `input_axis`.
+    """
+    for place in [()] if base.ndim == 2 else [(index,) for index in range(base.shape[0])]:
+        yield Matrix(
+            name="".join([name, *(f"[{index}]" for index in place)]),
+            place=place,
+            base=inputs_last(base[place], parameters),
+            experts=tuple(replace(expert, tensor=inputs_last(expert.tensor[place], parameters)) for expert in experts),
+        )
+
+
+def inputs_last(matrix: Tensor, parameters: Mapping[str, Any]) -> Tensor:
+    """A matrix as stored, as `[out, in]`; or back again: the transposition is its own inverse."""
+    return matrix.mT if parameters["input_axis"] == "first" else matrix

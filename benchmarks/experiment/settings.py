@@ -48,6 +48,7 @@ SETTINGS: tuple[Setting, ...] = (
     of_mergekit("karcher", "karcher", takes_base=False),
     of_mergekit("model_stock", "model_stock"),
     Setting(label="ace", group="ace", method="ace", quick=True),
+    Setting(label="ace length_bound", group="ace", method="ace", parameters={"length_bound": True}, quick=True),
     *(
         Setting(
             label=f"ace published {epsilon:.0e}",

@@ -3,7 +3,7 @@
 | | second moment | numerator | divided by its trace | prior, refinement |
 | --- | --- | --- | --- | --- |
 | ACE, published | centered, `C_t^T C_t` | centered, `C_t` | in heterogeneous layers | in heterogeneous layers |
-| ACE, default | `D_t^T D_t` | `D_t` | always | refined by disagreement, bounded in length |
+| ACE, default | `D_t^T D_t` | `D_t` | always | refined by disagreement, bounded |
 | ACTMat | `D_t^T D_t` | `D_t` | never | no |
 | WUDI | `D_t^T D_t` | `D_t` | always: its `||D_t||_F^2` is `tr D_t^T D_t` | no |
 
@@ -29,14 +29,15 @@ ACE = CovarianceOptions(
     structural_prior=False,
     refined="merge",
     refinement_scale="disagreement",
-    length_bound=True,
+    retention_bound=True,
+    length_bound="auto",
     correlation_threshold=0.05,
     combine_copies=True,
 )
 """What `merge_method: ace` does by default: no constant of any model family, and no dependence on the updates' unit.
 
-Identical experts give that expert, an expert and its copy count as one of twice the weight, and the merge is never
-farther from the base than the sum of as many orthogonal updates as the experts amount to.
+Identical experts give that expert, an expert and its copy count as one of twice the weight, the merge answers to the
+experts' inputs no louder than they do, and is never farther from the base than twice all updates laid end to end.
 """
 
 ACTMAT = CovarianceOptions(

@@ -97,4 +97,5 @@ def solve_dense(
         regularized=tuple(regularized),
         condition=condition,
         correlation=correlation,
+        numerator=numerator if options.retention_bound else None,
     )

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mergekit_ace.layer.agreement import effective_experts, mean_energy
+from mergekit_ace.layer.agreement import effective_experts
+from mergekit_ace.layer.bounds import are_low_rank, longest
 from mergekit_ace.layer.heterogeneity import heterogeneity
 from mergekit_ace.layer.normal_equations import solve
 from mergekit_ace.layer.options import CovarianceOptions
@@ -31,7 +32,9 @@ class LayerMerge:
         condition: estimated condition number of the system; None unless `diagnostics` are wanted.
         refinement: level and number of the refined directions, None when there was none.
         effective_experts: how many independent updates the experts' amount to; None where no option asks for it.
-        shortening: what the length bound multiplied the whole by, in `(0, 1]`.
+        low_rank: the experts' updates are of low rank; None where no option asks for it.
+        retention: of the experts' own outputs, before any shortening; None where no option asks for it.
+        shortening: what the bounds of retention and length multiplied the whole by, in `(0, 1]`.
         correlation: of the experts' second moments; None where no option asks for it.
         uncorrelated: they correlate too little to weigh the experts by; the layer was averaged.
     """
@@ -46,6 +49,8 @@ class LayerMerge:
     condition: float | None = None
     refinement: Refinement | None = None
     effective_experts: float | None = None
+    low_rank: bool | None = None
+    retention: float | None = None
     shortening: float = 1.0
     correlation: float | None = None
     uncorrelated: bool = False
@@ -66,6 +71,8 @@ class LayerMerge:
             line += f", {self.refinement.directions} directions refined by {self.refinement.level:.3g}"
         if self.effective_experts is not None:
             line += f", {self.effective_experts:.2g} independent experts"
+        if self.low_rank:
+            line += ", low rank"
         if self.shortening < 1:
             line += f", shortened to {self.shortening:.2f}"
         return line
@@ -103,12 +110,14 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
     refine = happens[options.refinement] and int(options.spectral_fraction * min(task_vectors.shape)) > 0
     of_residual = options.refined == "residual"
     solution = solve(task_vectors, options, normalize=normalize, with_residual=refine and of_residual)
-    if solution.correlation is not None and solution.correlation < options.correlation_threshold:
+    low_rank = are_low_rank(task_vectors) if options.asks_for_rank else None
+    if low_rank and solution.correlation is not None and solution.correlation < options.correlation_threshold:
         return LayerMerge(
             task_vector=task_vectors.sum().div_(len(task_vectors)),
             heterogeneity=spread,
             heterogeneous=heterogeneous,
             correlation=solution.correlation,
+            low_rank=True,
             uncorrelated=True,
         )
     independent = effective_experts(task_vectors) if options.asks_for_agreement else None
@@ -122,10 +131,14 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         )
     if refinement is not None:
         merged.add_(refinement.update)
-    if independent is not None and options.length_bound:
-        longest = (independent * mean_energy(task_vectors)) ** 0.5
-        length = squared_norm(merged) ** 0.5
-        shortening = min(1.0, longest / length) if length > 0 else 1.0
+    retention = solution.retention(merged, task_vectors.shares) if options.retention_bound else None
+    length = squared_norm(merged) ** 0.5
+    if retention is not None and retention > 1:
+        shortening = 1 / retention
+    if independent is not None and length > 0:
+        allowed = longest(task_vectors, options, independent=independent, low_rank=bool(low_rank))
+        shortening = min(shortening, allowed / length)
+    if shortening < 1:
         merged.mul_(shortening)
         refinement = refinement and refinement.times_(shortening)
     return LayerMerge(
@@ -139,6 +152,8 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         condition=solution.condition,
         refinement=refinement,
         effective_experts=independent,
+        low_rank=low_rank,
+        retention=retention,
         shortening=shortening,
         correlation=solution.correlation,
     )

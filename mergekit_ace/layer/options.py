@@ -29,10 +29,14 @@ class CovarianceOptions:
             alone.
         refinement_scale: `full`, as in the paper, or `disagreement`: times `1 - 1 / T_eff`, nothing where all experts
             agree and all but `1 / T` where their updates are orthogonal.
+        retention_bound: shorten a merged task vector that answers louder to the experts' inputs, in the mean, than they
+            do themselves (`Solution.retention` above 1). Centering must be the same in both places.
         length_bound: shorten a merged task vector that is longer than the sum of `T_eff` orthogonal updates of mean
-            squared length would be. `T_eff` is `effective_experts`.
-        correlation_threshold: in `[0, 1]`; a layer whose experts' second moments correlate by less is averaged, because
-            updates of adapters with random input matrices say nothing of their inputs. 0: no layer.
+            squared length would be; `T_eff` is `effective_experts`. `auto`: where the updates are of low rank, whose
+            few rows leave the solve free to exaggerate; elsewhere no longer than twice all updates laid end to end.
+        correlation_threshold: in `[0, 1]`; a layer whose updates are of low rank and whose experts' second moments
+            correlate by less is averaged, because updates of adapters with random input matrices say nothing of their
+            inputs. 0: no layer.
         combine_copies: count an expert and its exact copies as one of their summed weight.
         structural_prior: add the collective structural prior (paper, Eqs. 11-13).
 
@@ -50,7 +54,8 @@ class CovarianceOptions:
     spectral_fraction: float = 0.3
     refined: Literal["residual", "merge"] = "residual"
     refinement_scale: Literal["full", "disagreement"] = "full"
-    length_bound: bool = False
+    retention_bound: bool = False
+    length_bound: bool | Literal["auto"] = False
     correlation_threshold: float = 0.0
     combine_copies: bool = False
     structural_prior: bool = True
@@ -64,11 +69,23 @@ class CovarianceOptions:
             raise ValueError(f"correlation_threshold must lie in [0, 1]; got {self.correlation_threshold!r}")
         if not 0 <= self.spectral_fraction <= 1:
             raise ValueError(f"spectral_fraction must lie in [0, 1]; got {self.spectral_fraction!r}")
+        if self.retention_bound and self.center_second_moment != self.center_numerator:
+            raise ValueError("retention_bound must go with center_second_moment and center_numerator being the same")
 
     @property
     def asks_for_agreement(self) -> bool:
         """Whether `effective_experts` is needed."""
-        return self.length_bound or self.refinement_scale == "disagreement"
+        return bool(self.length_bound) or self.refinement_scale == "disagreement"
+
+    @property
+    def asks_for_rank(self) -> bool:
+        """Whether it matters that updates are of low rank."""
+        return self.length_bound == "auto" or self.correlation_threshold > 0
+
+    @property
+    def asks_for_moment_norms(self) -> bool:
+        """Whether the Frobenius norm of each second moment is needed."""
+        return self.epsilon == "auto" or self.correlation_threshold > 0 or self.retention_bound
 
     def is_heterogeneous(self, heterogeneity: float) -> bool:
         """The gate. A threshold of 0 means every layer, also one whose experts are equally strong."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from mergekit_ace.layer.agreement import mean_energy
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.ridge import Regularized, fixed_ridge, shrunk_ridge
 from mergekit_ace.layer.task_vectors import TaskVectors
-from mergekit_ace.linalg.precision import squared_norm
+from mergekit_ace.linalg.precision import inner_product, squared_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,27 @@ class Solution:
     """How far the experts' second moments correlate (`moment_correlation`), where a threshold asks for it."""
     column_basis: Tensor | None = None
     """`[m, p]`, orthonormal columns that span the columns of `weight` and `residual`; None where nothing is known."""
+    numerator: Tensor | None = None
+    """`sum_t a_t D_t Sbar_t`, `[m, n]`, where a bound of the retention asks for it."""
+
+    def retention(self, weight: Tensor, shares: Sequence[float]) -> float:
+        """How much of the experts' own outputs a merged task vector `X` keeps, in the mean of the objective.
+
+            sum_t a_t <X, D_t>_t / sum_t a_t <D_t, D_t>_t,    <X, Y>_t = tr(X Sbar_t Y^T)
+
+        1 for every expert in its own layer; 1 minus the smallest objective, relative to that of the base, for `W0`;
+        more than 1 for what answers louder than the experts do.
+
+        Args:
+            weight: `X`, `[m, n]`.
+            shares: `a_t`.
+        """
+        assert self.numerator is not None
+        own = 0.0
+        for proxy, share in zip(self.regularized, shares, strict=True):
+            assert proxy.squared_norm is not None
+            own += share * (proxy.scale * proxy.squared_norm + proxy.ridge * proxy.trace)
+        return inner_product(weight, self.numerator) / own if own > 0 else 0.0
 
 
 def regularize(
@@ -51,7 +73,7 @@ def regularize(
     trace = measured.centered_energy if options.center_second_moment else measured.energy
     if trace == 0 and (normalize or options.epsilon == "auto"):
         return Regularized(scale=0.0, ridge=0.0, trace=0.0, squared_norm=0.0)
-    squared = squared_norm(gram_side) if options.epsilon == "auto" or options.correlation_threshold > 0 else None
+    squared = squared_norm(gram_side) if options.asks_for_moment_norms else None
     if options.epsilon != "auto":
         return replace(fixed_ridge(options.epsilon, trace=trace, normalize=normalize), squared_norm=squared)
     assert squared is not None

@@ -90,6 +90,7 @@ def solve_stacked_rows(
     factor = cholesky_factor(add_to_diagonal_(inner, ridge), what=task_vectors.name)
     del inner
     weight_matrix = solve_right(numerator, factor) @ rows
+    whole_numerator = numerator @ rows if options.retention_bound else None
     del numerator
     if not options.center_numerator and options.center_second_moment:
         row = _weighted_mean_rows(experts, ridges)
@@ -109,6 +110,7 @@ def solve_stacked_rows(
         condition=condition,
         correlation=correlation,
         column_basis=_column_basis(experts, task_vectors.shape),
+        numerator=whole_numerator,
     )
 
 

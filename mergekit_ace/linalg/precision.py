@@ -42,3 +42,11 @@ def squared_norm(matrix: Tensor) -> float:
         values = block.flatten().double()
         total += torch.dot(values, values)
     return float(total)
+
+
+def inner_product(left: Tensor, right: Tensor) -> float:
+    """Frobenius inner product `<X, Y>`, accumulated in float64."""
+    total = torch.zeros((), dtype=torch.float64, device=left.device)
+    for ours, theirs in zip(blocks(left), blocks(right), strict=True):
+        total += torch.dot(ours.flatten().double(), theirs.flatten().double())
+    return float(total)

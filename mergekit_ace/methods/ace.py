@@ -79,14 +79,22 @@ class Ace(LayerwiseMethod):
             Fraction | Preset,
             default="preset",
             requirement="a number from 0 to 1",
-            description="average a layer whose experts' second moments correlate by less; 0: none",
+            description="average a layer of adapters whose second moments correlate by less; 0: none",
         ),
         parameter(
-            "length_bound",
+            "retention_bound",
             bool | Preset,
             default="preset",
             requirement="true or false",
-            description="keep the merge as near to the base as the sum of its independent updates would be",
+            description="answer to the experts' inputs no louder than they do themselves",
+        ),
+        parameter(
+            "length_bound",
+            bool | Literal["auto"] | Preset,
+            default="preset",
+            requirement="true, false or 'auto'",
+            description="keep the merge as near to the base as the sum of its independent updates would be; 'auto': "
+            "where updates are of low rank",
         ),
     )
 

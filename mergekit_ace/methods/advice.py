@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 
 from mergekit_ace.layer.merge import LayerMerge
+from mergekit_ace.linalg.precision import squared_norm
 
 LOG = logging.getLogger("mergekit_ace")
 
@@ -14,15 +15,27 @@ LOG = logging.getLogger("mergekit_ace")
 _DROWNED = 10.0
 # The refinement alone is this many times as long as the longest of the experts' updates.
 _DOMINATES = 3.0
+LARGE = 0.2
+"""The merge changes a weight by this share of its norm: what the experts learned adds up only where changes are small,
+and models whose layers changed by more lost accuracy (README)."""
 
 
-def causes(layer: LayerMerge, longest_update: float) -> Iterator[tuple[str, str]]:
+def causes(layer: LayerMerge, longest_update: float, *, weight_norm: float, scale: float) -> Iterator[tuple[str, str]]:
     """What is wrong with a layer's merge, as (cause, message without the layer's name).
 
     Args:
         layer: the merge.
         longest_update: largest `||D_t||_F` of its experts.
+        weight_norm: `||.||_F` of the base's weight.
+        scale: `lambda`.
     """
+    change = abs(scale) * squared_norm(layer.task_vector) ** 0.5
+    if 0 < LARGE * weight_norm < change:
+        yield (
+            "large",
+            f"the merge changes it by {change / weight_norm:.0%} of its norm, and updates this large do not add up. "
+            "Set a smaller lambda, or length_bound: true with ace",
+        )
     # An estimated ridge is large where the second moments themselves say nothing.
     if layer.ridge is not None and layer.ridge_is_fixed and layer.ridge > _DROWNED:
         yield (

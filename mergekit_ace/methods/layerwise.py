@@ -155,9 +155,10 @@ class LayerwiseMethod(GroupMergeMethod):
             weight = _sole(matrix.base, task_vectors, self.scale(parameters))
             return weight, f"only {task_vectors.experts[0].name} changed it"
         layer = self.merge_matrix(task_vectors, parameters)
-        for cause, message in causes(layer, max(task_vectors.energies) ** 0.5):
+        scale, norm = self.scale(parameters), squared_norm(matrix.base) ** 0.5
+        for cause, message in causes(layer, max(task_vectors.energies) ** 0.5, weight_norm=norm, scale=scale):
             self._once.warn(cause, f"{matrix.name}: {message}")
-        return _apply(matrix.base, layer.task_vector, self.scale(parameters)), layer.describe()
+        return _apply(matrix.base, layer.task_vector, scale), layer.describe()
 
 
 def _apply(base: Tensor, task_vector: Tensor, scale: float) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
+from mergekit_ace.methods.advice import LARGE
 from mergekit_ace.recipe.findings import Finding, by_gravity
 from mergekit_ace.report.model import LayerReport, Report
 from mergekit_ace.report.naming import short_names
@@ -18,8 +19,6 @@ DOMINANT = 0.8
 """Share of the trace above which one expert decides a layer."""
 SIMILAR_NORMS = 0.5
 """Scale-free heterogeneity below this: the experts' norms differ by a factor of two at most, for two experts."""
-SWOLLEN = 1.1
-"""Times the length that the sum of the experts' updates has when they are at right angles: more is nobody's."""
 SHRUNKEN = 0.25
 """Norm of the merged update over the experts' below which little of any is left."""
 
@@ -115,18 +114,15 @@ def _unreliable_gate(report: Report) -> Iterator[Finding]:
 
 def _norms(report: Report) -> Iterator[Finding]:
     layers = [layer for layer in _solved(report) if layer.merged is not None]
-    swollen = [
-        layer
-        for layer in layers
-        if layer.merged is not None and layer.merged.relative_norm > SWOLLEN * len(layer.experts) ** 0.5
-    ]
+    large = [layer for layer in layers if _change(layer) > LARGE]
     shrunken = [layer for layer in layers if layer.merged is not None and layer.merged.relative_norm < SHRUNKEN]
-    if swollen:
+    if large:
+        worst = max(large, key=_change)
         yield Finding(
             level="warning",
-            what=f"the merged update is longer than the sum of the experts' updates at right angles in "
-            f"{_of(swollen, layers)}",
-            remedy="Lower spectral_fraction, or scale the merged update by lambda below 1.",
+            what=f"the merge changes the weights by more than {LARGE:.0%} of their norm in {_of(large, layers)}; most "
+            f"in {worst.name}, by {_change(worst):.0%}: updates this large do not add up",
+            remedy="Set length_bound: true, or lambda below 1.",
         )
     if shrunken:
         yield Finding(
@@ -146,6 +142,10 @@ _RULES: tuple[Callable[[Report], Iterator[Finding]], ...] = (
     _unreliable_gate,
     _norms,
 )
+
+
+def _change(layer: LayerReport) -> float:
+    return (layer.merged.relative_change if layer.merged else None) or 0.0
 
 
 def _solved(report: Report) -> list[LayerReport]:

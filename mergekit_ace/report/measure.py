@@ -12,6 +12,7 @@ from mergekit_ace.layer.merge import LayerMerge
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.ridge import Regularized, fixed_ridge, relative_ridge
 from mergekit_ace.layer.task_vectors import Expert, TaskVectors
+from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.report.interference import losses
 from mergekit_ace.report.model import Branch, ExpertReport, Gate, LeftOut, Merged
 from mergekit_ace.report.spectrum import effective_rank, singular_values, thinned, top_energy
@@ -31,6 +32,8 @@ class Measured:
     refined_directions: int | None = None
     effective_experts: float | None = None
     shortening: float | None = None
+    retention: float | None = None
+    low_rank: bool | None = None
     correlation: float | None = None
     merged: Merged | None = None
 
@@ -96,6 +99,8 @@ def measure_merge(measured: Measured, task_vectors: TaskVectors, layer: LayerMer
         refined_directions=layer.refinement.directions if layer.refinement else None,
         effective_experts=layer.effective_experts,
         shortening=layer.shortening if layer.heterogeneity is not None and not layer.uncorrelated else None,
+        retention=layer.retention,
+        low_rank=layer.low_rank,
         correlation=layer.correlation,
         merged=_merged(task_vectors, merged, layer, scale),
     )
@@ -143,9 +148,11 @@ def _merged(task_vectors: TaskVectors, merged: Tensor, layer: LayerMerge, scale:
         before = singular_values(merged - scale * layer.refinement.update)
     norm = float(values.square().sum().sqrt())
     mean_square = sum(task_vectors.energies) / len(task_vectors)
+    weights = squared_norm(task_vectors.base) ** 0.5
     return Merged(
         norm=norm,
         relative_norm=norm / mean_square**0.5,
+        relative_change=norm / weights if weights else None,
         top_energy=top_energy(values),
         top_energy_before=None if before is None else top_energy(before),
         spectrum=thinned(values),

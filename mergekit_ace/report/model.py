@@ -77,6 +77,8 @@ class Merged:
     """`||W||_F`."""
     relative_norm: float
     """`||W||_F` over the root mean square of the experts' norms."""
+    relative_change: float | None = None
+    """`||W||_F` over the norm of the base's weight; None where that is zero."""
     top_energy: float
     """Share of `||W||_F^2` in the largest 5 percent of the singular values."""
     top_energy_before: float | None = None
@@ -139,7 +141,11 @@ class LayerReport:
     effective_experts: float | None = None
     """How many independent updates the experts' amount to; None where the method does not ask."""
     shortening: float | None = None
-    """What the length bound multiplied the merged task vector by; None where there was no solve."""
+    """What the bounds of retention and length multiplied the merged task vector by; None where there was no solve."""
+    retention: float | None = None
+    """How much of the experts' own outputs it would keep in the mean before; None where the method does not ask."""
+    low_rank: bool | None = None
+    """The experts' updates are of low rank, as adapters are; None where the method does not ask."""
     correlation: float | None = None
     """Of the experts' second moments; the method averages the layer where it is below its threshold."""
     merged: Merged | None = None

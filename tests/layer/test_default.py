@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mergekit_ace.layer.agreement import effective_experts
+from mergekit_ace.layer.bounds import are_low_rank
 from mergekit_ace.layer.covariance_methods import ACE
 from mergekit_ace.layer.merge import merge_by_covariance
 from mergekit_ace.layer.options import CovarianceOptions
@@ -49,15 +50,56 @@ def test_the_unit_of_the_updates_does_not_matter(shape: tuple[int, int], factor:
     torch.testing.assert_close(scaled, merged, rtol=0, atol=1e-9 * float(merged.abs().max()))
 
 
-@pytest.mark.parametrize("updates", [related_updates(60, 40, 6, spread=1.2), related_updates(30, 300, 4)])
-def test_no_farther_from_the_base_than_the_independent_updates_reach(updates: list[torch.Tensor]) -> None:
+FULL_RANK = [related_updates(20, 90, 3), related_updates(30, 300, 4)]
+
+
+@pytest.mark.parametrize("updates", FULL_RANK)
+def test_no_louder_on_the_experts_inputs_than_they_are(updates: list[torch.Tensor]) -> None:
     task_vectors = layer(updates)
     merged = merge_by_covariance(task_vectors, ACE)
+    assert merged.low_rank is False
+    assert merged.retention is not None
+    assert merged.retention > 1
+    assert merged.shortening <= 1 / merged.retention
+    own = kept = 0.0
+    for update, proxy in zip(updates, merged.regularized, strict=True):
+        moment = proxy.scale * update.T @ update + proxy.ridge * torch.eye(update.shape[1], dtype=torch.float64)
+        own += float(((update @ moment) * update).sum())
+        kept += float(((merged.task_vector @ moment) * update).sum())
+    assert kept / own == pytest.approx(merged.retention * merged.shortening, rel=1e-6)
+    assert kept / own <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("updates", FULL_RANK)
+def test_a_length_bound_keeps_to_the_reach_of_the_independent_updates(updates: list[torch.Tensor]) -> None:
+    task_vectors = layer(updates)
+    merged = merge_by_covariance(task_vectors, replace(ACE, length_bound=True))
     assert merged.effective_experts is not None
     longest = math.sqrt(merged.effective_experts * sum(task_vectors.energies) / len(task_vectors))
     assert torch.linalg.norm(merged.task_vector) <= longest * (1 + 1e-9)
     assert merged.shortening < 1
-    assert not merged.uncorrelated
+
+
+def test_updates_of_low_rank_are_bounded_without_being_told() -> None:
+    updates = [left @ right for left, right in zip(steep_updates(80, 6, 3), related_updates(6, 96, 3), strict=True)]
+    task_vectors = layer(updates)
+    merged = merge_by_covariance(task_vectors, replace(ACE, correlation_threshold=0.0))
+    bounded = merge_by_covariance(task_vectors, replace(ACE, correlation_threshold=0.0, length_bound=True))
+    assert merged.low_rank
+    torch.testing.assert_close(merged.task_vector, bounded.task_vector, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_rank_is_found_under_the_rounding_of_bfloat16(rank: int) -> None:
+    base = torch.randn(128, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+    adapters = adapter_updates(128, 96, 3, rank=rank)
+    experts = [
+        Expert(name=str(t), tensor=(base + (0.02 * base.float().norm() / update.norm() * update).float()).bfloat16())
+        for t, update in enumerate(adapters)
+    ]
+    assert are_low_rank(TaskVectors(base, experts))
+    # twelve of 96 directions are counted as few
+    assert not are_low_rank(layer(adapter_updates(128, 96, 3, rank=60)))
 
 
 def test_independent_updates_are_counted() -> None:
@@ -85,7 +127,7 @@ def test_updates_without_a_centered_second_moment_are_not_lost(options: Covarian
     assert torch.linalg.norm(merged) > 0.5 * torch.linalg.norm(task_vectors.sum() / 2)
 
 
-@pytest.mark.parametrize("updates", [adapter_updates(280, 300, 4, rank=8), steep_updates(60, 80, 3)])
+@pytest.mark.parametrize("updates", [adapter_updates(280, 300, 4, rank=8), adapter_updates(60, 80, 3, rank=4)])
 def test_row_spaces_by_chance_are_averaged(updates: list[torch.Tensor]) -> None:
     task_vectors = layer(updates)
     merged = merge_by_covariance(task_vectors, ACE)
@@ -101,7 +143,9 @@ def test_correlation_is_that_of_all_pairs(shape: tuple[int, int], weights: list[
     updates = related_updates(*shape, 3, spread=2.0)
     task_vectors = weighted(updates, weights)
     # A ridge of zero extent, so that the weights of the pairs are the experts' own.
-    options = replace(ACE, epsilon=1e-12, refinement="never", length_bound=False, refinement_scale="full")
+    options = replace(
+        ACE, epsilon=1e-12, refinement="never", length_bound=False, retention_bound=False, refinement_scale="full"
+    )
     n = shape[1]
     moments = [update.T @ update / update.square().sum() - torch.eye(n, dtype=torch.float64) / n for update in updates]
     pairs = [(s, t) for s in range(3) for t in range(3) if s != t]

@@ -2,8 +2,8 @@
 
 Against the published steps (`tests/reference/ace.py`): second moments are not centered and always divided by their
 trace, the ridge is oracle-approximating shrinkage, there is no prior, the preliminary merge itself is refined and by as
-much as the experts disagree, and the result is bounded in length. A layer whose second moments do not correlate is
-averaged.
+much as the experts disagree, and the result is bounded in what it retains and in length. Updates of low rank are held
+nearer to the base, and averaged where their second moments do not correlate.
 """
 
 import math
@@ -16,6 +16,7 @@ from tests.reference.subspace import top_isometry
 from tests.reference.weights import participants
 
 CORRELATION = 0.05
+NEARLY_ALL = 0.9
 
 
 def shrinkage(second_moment: Tensor, samples: int) -> float:
@@ -51,6 +52,13 @@ def correlation(S: list[Tensor], a: list[float]) -> float:
     return float(sum((x * y).sum() for x, y in pairs)) / most if most > 0 else 1.0
 
 
+def captured(d: Tensor) -> float:
+    """Share of the energy in an eighth of the directions, 128 at most."""
+    energies = torch.linalg.svdvals(d.double()).square()
+    few = min(128, max(1, len(energies) // 8))
+    return float(energies[:few].sum() / energies.sum())
+
+
 def ace_default(
     task_vectors: Sequence[Tensor],
     weights: Sequence[float] | None = None,
@@ -76,8 +84,9 @@ def ace_default(
         rho = shrinkage(G, samples=m)
         S.append(((1 - rho) * G + rho * G.trace() / n * identity) / G.trace())
 
-    # Second moments that do not correlate are no second moments of the inputs: the mean.
-    if correlation(S, a) < CORRELATION:
+    # Second moments of adapters that do not correlate are no second moments of the inputs: the mean.
+    low_rank = sum(a_t * captured(d) for a_t, d in zip(a, D, strict=True)) / T >= NEARLY_ALL
+    if low_rank and correlation(S, a) < CORRELATION:
         return sum(a_t * d for a_t, d in zip(a, D, strict=True)) / T
 
     # 2. The weight of least interference.
@@ -95,5 +104,13 @@ def ace_default(
         isometry, values = top_isometry(W, k, relative_rank)
         W = W + (1 - 1 / independent) * values.mean() * isometry
 
-    # 5. No longer than the sum of that many orthogonal updates.
-    return W * min(1.0, math.sqrt(independent * mean_energy) / float(W.norm()))
+    # 5. No louder, on the experts' own inputs, than they are in the mean.
+    own = float(sum(a_t * ((d @ s) * d).sum() for a_t, d, s in zip(a, D, S, strict=True)))
+    retention = float((W * numerator).sum()) / own
+    factor = 1 / max(1.0, retention)
+
+    # 6. No longer than twice all updates laid end to end; for updates of low rank, than the sum of so many orthogonal
+    # ones.
+    end_to_end = sum(a_t * float(d.norm()) for a_t, d in zip(a, D, strict=True))
+    longest = math.sqrt(independent * mean_energy) if low_rank else 2 * end_to_end
+    return W * min(factor, longest / float(W.norm()))

@@ -54,8 +54,8 @@ def test_each_trouble_is_named_with_a_remedy(changes: dict[str, Any], words: str
 def test_norms_that_swell_or_shrink_are_named() -> None:
     layer = layer_with()
     assert layer.merged is not None
-    for ratio, words in ((1.6, "at right angles"), (0.1, "0.25 times")):
-        changed = dataclasses.replace(layer, merged=dataclasses.replace(layer.merged, relative_norm=ratio))
+    for changes, words in (({"relative_change": 0.4}, "by 40%"), ({"relative_norm": 0.1}, "0.25 times")):
+        changed = dataclasses.replace(layer, merged=dataclasses.replace(layer.merged, **changes))
         assert [words in finding.what for finding in advise(report_of(changed))] == [True]
 
 

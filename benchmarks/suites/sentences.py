@@ -103,7 +103,7 @@ def order() -> Iterator[Row]:
 
 
 def category() -> Iterator[Row]:
-    """The general category of a Unicode character by its name."""
+    """The general category of a Unicode character by its name; a few names leave it open."""
     per_class: dict[str, list[str]] = {name: [] for name in CATEGORIES}
     for code in range(sys.maxunicode + 1):
         character = chr(code)

@@ -7,30 +7,26 @@ import math
 from mergekit_ace.layer.agreement import mean_energy
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.task_vectors import TaskVectors
-from mergekit_ace.linalg.low_rank import captured_energy
 
-# Adapters of rank 4 to 64 hold all of an update's energy in fewer directions than this; full fine-tunes of real models
-# hold half to three quarters in an eighth of them.
-_FEW_DIRECTIONS = 1 / 8
-_MOST_DIRECTIONS = 128
-_NEARLY_ALL = 0.9
 # A net under an ill-conditioned solve; layers of real fine-tunes stay at about half of it.
 _TIMES_END_TO_END = 2.0
 
 
-def are_low_rank(task_vectors: TaskVectors) -> bool:
-    """Whether an eighth of the directions (128 at most) holds 90 percent of the updates' energy, in the mean.
+def shortening(length: float, *, retention: float | None, longest: float) -> float:
+    """What to multiply a merged task vector by, in `(0, 1]`, so that it is neither too loud nor too long.
 
-    Found from the tensors; adapters that were merged and rounded to bfloat16 count, though their rank is full.
+    Args:
+        length: `||X||_F`.
+        retention: of the experts' own outputs; None where it has no bound.
+        longest: that `||X||_F` may be.
     """
-    directions = min(_MOST_DIRECTIONS, max(1, int(_FEW_DIRECTIONS * min(task_vectors.shape))))
-    shares = task_vectors.shares
-    captured = (captured_energy(task_vectors.task_vector(t), directions) for t in range(len(task_vectors)))
-    mean = sum(share * part for share, part in zip(shares, captured, strict=True)) / len(task_vectors)
-    return mean >= _NEARLY_ALL
+    factor = 1.0 if retention is None or retention <= 1 else 1 / retention
+    return min(factor, longest / length) if length > 0 else factor
 
 
-def longest(task_vectors: TaskVectors, options: CovarianceOptions, *, independent: float, low_rank: bool) -> float:
+def longest(
+    task_vectors: TaskVectors, options: CovarianceOptions, *, independent: float | None, low_rank: bool
+) -> float:
     """The largest `||X||_F` that the options allow.
 
     `sqrt(T_eff mean_t(a_t e_t))`, the length of the sum of `T_eff` orthogonal updates, or
@@ -39,11 +35,11 @@ def longest(task_vectors: TaskVectors, options: CovarianceOptions, *, independen
     Args:
         task_vectors: of the layer.
         options: `length_bound`.
-        independent: `T_eff`.
+        independent: `T_eff`; None where no option asks for it.
         low_rank: the updates are of low rank.
     """
-    if not options.length_bound:
-        return float("inf")
+    if not options.length_bound or independent is None:
+        return math.inf
     if options.length_bound == "auto" and not low_rank:
         shares = task_vectors.shares
         end_to_end = math.fsum(s * energy**0.5 for s, energy in zip(shares, task_vectors.energies, strict=True))

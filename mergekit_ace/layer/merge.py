@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from mergekit_ace.layer.adapters import are_low_rank
 from mergekit_ace.layer.agreement import effective_experts
-from mergekit_ace.layer.bounds import are_low_rank, longest
+from mergekit_ace.layer.bounds import longest, shortening
 from mergekit_ace.layer.heterogeneity import heterogeneity
 from mergekit_ace.layer.normal_equations import solve
 from mergekit_ace.layer.options import CovarianceOptions
@@ -121,7 +122,7 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
             uncorrelated=True,
         )
     independent = effective_experts(task_vectors) if options.asks_for_agreement else None
-    merged, refinement, shortening = solution.weight, None, 1.0
+    merged, refinement = solution.weight, None
     if refine:
         refinement = spectral_refinement(
             solution.residual.add_(merged) if solution.residual is not None else merged,
@@ -132,15 +133,14 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
     if refinement is not None:
         merged.add_(refinement.update)
     retention = solution.retention(merged, task_vectors.shares) if options.retention_bound else None
-    length = squared_norm(merged) ** 0.5
-    if retention is not None and retention > 1:
-        shortening = 1 / retention
-    if independent is not None and length > 0:
-        allowed = longest(task_vectors, options, independent=independent, low_rank=bool(low_rank))
-        shortening = min(shortening, allowed / length)
-    if shortening < 1:
-        merged.mul_(shortening)
-        refinement = refinement and refinement.times_(shortening)
+    factor = shortening(
+        squared_norm(merged) ** 0.5,
+        retention=retention,
+        longest=longest(task_vectors, options, independent=independent, low_rank=bool(low_rank)),
+    )
+    if factor < 1:
+        merged.mul_(factor)
+        refinement = refinement and refinement.times_(factor)
     return LayerMerge(
         task_vector=merged,
         heterogeneity=spread,
@@ -154,6 +154,6 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         effective_experts=independent,
         low_rank=low_rank,
         retention=retention,
-        shortening=shortening,
+        shortening=factor,
         correlation=solution.correlation,
     )

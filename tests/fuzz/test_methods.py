@@ -57,8 +57,8 @@ def test_the_default_is_finite_and_bounded(case: Case) -> None:
     assert bool(torch.isfinite(result).all()), case.description
     distance = float(torch.linalg.norm(result.double() - case.base.double()))
     energies = [float(update.square().sum()) for update in case.updates]
-    # The length bound: T_eff <= T^2 independent updates of mean squared length.
-    reach = math.sqrt(len(energies) * sum(energies))
+    # Twice all updates laid end to end, or T_eff <= T^2 independent updates of mean squared length.
+    reach = 2 * math.sqrt(len(energies) * sum(energies))
     assert distance <= reach * (1 + 1e-3) + case.rounding, case.description
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mergekit_ace.layer.adapters import are_low_rank
 from mergekit_ace.layer.agreement import effective_experts
-from mergekit_ace.layer.bounds import are_low_rank
 from mergekit_ace.layer.covariance_methods import ACE
 from mergekit_ace.layer.merge import merge_by_covariance
 from mergekit_ace.layer.options import CovarianceOptions

@@ -80,7 +80,13 @@ def check_parameters(config: MergeConfiguration) -> Iterator[Finding]:
         return
     known = {parameter.name: parameter for parameter in method.spec.parameters}
     for block in settings_of(config):
-        for name in block.values:
+        for name, setting in block.values.items():
+            if setting == []:
+                yield Finding(
+                    level="error",
+                    what=f"{block.where}: {name} is an empty list; mergekit takes the default in silence",
+                    remedy=f"Give {name} a value, or remove it.",
+                )
             if name not in known:
                 yield Finding(
                     level="error",

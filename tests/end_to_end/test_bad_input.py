@@ -47,6 +47,13 @@ def fails(recipe: dict[str, object], out: Path, message: str, error: type[Except
         ("spectral_fraction", "all"),
         ("structural_prior", "maybe"),
         ("structural_prior", 2),
+        ("retention_bound", "loud"),
+        ("length_bound", "long"),
+        ("length_bound", 2.0),
+        ("correlation_threshold", -0.1),
+        ("correlation_threshold", 1.5),
+        ("correlation_threshold", float("nan")),
+        ("matrices", "ties"),
         ("weight", -1.0),
         ("weight", float("inf")),
         ("weight", "heavy"),
@@ -80,6 +87,41 @@ def test_the_base_is_the_only_model(suite: Suite, tmp_path: Path) -> None:
 
 def test_a_weight_of_zero_for_all(suite: Suite, tmp_path: Path) -> None:
     fails(recipe_for(suite, weights=[0.0, 0.0]), tmp_path / "out", "weight must be positive", ValueError)
+
+
+def test_an_expert_that_is_not_there(suite: Suite, tmp_path: Path) -> None:
+    recipe = recipe_for(suite)
+    recipe["models"] = [*recipe["models"], {"model": str(tmp_path / "nowhere")}]
+    fails(recipe, tmp_path / "out", "nowhere")
+
+
+def test_no_experts(suite: Suite, tmp_path: Path) -> None:
+    fails({**recipe_for(suite), "models": []}, tmp_path / "out", "model")
+
+
+def test_a_shard_that_is_cut_short(suite: Suite, tmp_path: Path) -> None:
+    folder = damaged(suite.experts[0], tmp_path / "cut", TENSORS[0], 1.0)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    recipe = recipe_for(suite)
+    recipe["models"] = [{"model": str(folder)}, *recipe["models"]]
+    fails(recipe, tmp_path / "out", "(?i)incomplete|invalid|header|file")
+
+
+def test_the_base_among_the_models_is_no_expert(suite: Suite, tmp_path: Path) -> None:
+    recipe = recipe_for(suite)
+    mergekit_yaml(recipe, tmp_path / "without")
+    mergekit_yaml({**recipe, "models": [{"model": str(suite.base.path)}, *recipe["models"]]}, tmp_path / "with")
+    files = sorted(path.name for path in (tmp_path / "without").glob("*.safetensors"))
+    assert files
+    for name in files:
+        assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+
+
+def test_an_expert_listed_twice(suite: Suite, tmp_path: Path) -> None:
+    recipe = recipe_for(suite)
+    recipe["models"] = [*recipe["models"], recipe["models"][0]]
+    fails(recipe, tmp_path / "out", "Duplicate", ValueError)
 
 
 def test_shapes_that_differ(suite: Suite, tmp_path: Path) -> None:

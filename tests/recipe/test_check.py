@@ -87,6 +87,11 @@ def test_parameters_where_nobody_reads_them(llama: Suite, tmp_path: Path) -> Non
     assert ["weight has no effect on the base" in text for text in found(examination, "warning")] == [True]
 
 
+def test_an_empty_list_is_no_value(llama: Suite, tmp_path: Path) -> None:
+    errors = found(examine(document(llama, parameters={"epsilon": []}), tmp_path), "error")
+    assert ["epsilon is an empty list" in text for text in errors] == [True]
+
+
 def test_filters_that_match_nothing_or_are_never_reached(llama: Suite, tmp_path: Path) -> None:
     filters = [
         {"filter": "mlpp", "value": 1.0},

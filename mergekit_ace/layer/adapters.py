@@ -10,6 +10,9 @@ from mergekit_ace.linalg.low_rank import captured_energy
 _FEW_DIRECTIONS = 1 / 8
 _MOST_DIRECTIONS = 128
 _NEARLY_ALL = 0.9
+LEAST_SHRINKAGE = 0.95
+"""Share of the identity in an adapter's second moment, at the least. Its `m` rows are combinations of a few, which
+mostly are the random start of training: no `m` samples of the inputs, as the estimate of the ridge would have it."""
 
 
 def are_low_rank(task_vectors: TaskVectors) -> bool:

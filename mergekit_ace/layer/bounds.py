@@ -29,8 +29,9 @@ def longest(
 ) -> float:
     """The largest `||X||_F` that the options allow.
 
-    `sqrt(T_eff mean_t(a_t e_t))`, the length of the sum of `T_eff` orthogonal updates, or
-    `2 sum_t a_t sqrt(e_t)`, twice that of all updates laid end to end.
+    `sqrt(T_eff E)` with `E = mean_t(a_t e_t)`, the length of the sum of `T_eff` orthogonal updates; where the choice is
+    ours, `sqrt(sqrt(T_eff) E)`, half the way from one update to that, for updates of low rank, and
+    `2 sum_t a_t sqrt(e_t)`, twice all updates laid end to end, for others.
 
     Args:
         task_vectors: of the layer.
@@ -44,4 +45,6 @@ def longest(
         shares = task_vectors.shares
         end_to_end = math.fsum(s * energy**0.5 for s, energy in zip(shares, task_vectors.energies, strict=True))
         return _TIMES_END_TO_END * end_to_end
+    if options.length_bound == "auto":
+        return math.sqrt(math.sqrt(independent) * mean_energy(task_vectors))
     return math.sqrt(independent * mean_energy(task_vectors))

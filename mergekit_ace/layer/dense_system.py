@@ -15,7 +15,12 @@ from mergekit_ace.linalg.symmetric import add_gram_upper_, add_to_diagonal_, gra
 
 
 def solve_dense(
-    task_vectors: TaskVectors, options: CovarianceOptions, *, normalize: bool, with_residual: bool
+    task_vectors: TaskVectors,
+    options: CovarianceOptions,
+    *,
+    normalize: bool,
+    with_residual: bool,
+    least_shrinkage: float = 0.0,
 ) -> Solution:
     """Accumulate the normal equations one expert at a time, and solve them.
 
@@ -27,6 +32,7 @@ def solve_dense(
         options: which second moment, which numerator, which ridge, prior or not.
         normalize: divide each second moment by its trace; every expert's must be positive then.
         with_residual: also compute `R`, for spectral refinement.
+        least_shrinkage: as in `solve`.
     """
     m, n = task_vectors.shape
     new = task_vectors.base.new_zeros
@@ -48,7 +54,9 @@ def solve_dense(
             rows.sub_(mean_row)
         wide = m < n
         smaller = gram(rows.mT if wide else rows)
-        proxy = regularize(task_vectors, t, options, normalize=normalize, gram_side=smaller)
+        proxy = regularize(
+            task_vectors, t, options, normalize=normalize, gram_side=smaller, least_shrinkage=least_shrinkage
+        )
         regularized.append(proxy)
         weight = share * proxy.scale
         if wide:

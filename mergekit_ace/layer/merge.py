@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mergekit_ace.layer.adapters import are_low_rank
+from mergekit_ace.layer.adapters import LEAST_SHRINKAGE, are_low_rank
 from mergekit_ace.layer.agreement import effective_experts
 from mergekit_ace.layer.bounds import longest, shortening
 from mergekit_ace.layer.heterogeneity import heterogeneity
@@ -110,8 +110,14 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
     normalize = happens[options.trace_normalization]
     refine = happens[options.refinement] and int(options.spectral_fraction * min(task_vectors.shape)) > 0
     of_residual = options.refined == "residual"
-    solution = solve(task_vectors, options, normalize=normalize, with_residual=refine and of_residual)
     low_rank = are_low_rank(task_vectors) if options.asks_for_rank else None
+    solution = solve(
+        task_vectors,
+        options,
+        normalize=normalize,
+        with_residual=refine and of_residual,
+        least_shrinkage=LEAST_SHRINKAGE if low_rank else 0.0,
+    )
     if low_rank and solution.correlation is not None and solution.correlation < options.correlation_threshold:
         return LayerMerge(
             task_vector=task_vectors.sum().div_(len(task_vectors)),

@@ -17,7 +17,14 @@ from mergekit_ace.layer.stacked_rows import solve_stacked_rows
 from mergekit_ace.layer.task_vectors import TaskVectors
 
 
-def solve(task_vectors: TaskVectors, options: CovarianceOptions, *, normalize: bool, with_residual: bool) -> Solution:
+def solve(
+    task_vectors: TaskVectors,
+    options: CovarianceOptions,
+    *,
+    normalize: bool,
+    with_residual: bool,
+    least_shrinkage: float = 0.0,
+) -> Solution:
     """Solve the normal equations by the route that does the least arithmetic.
 
     Args:
@@ -25,11 +32,25 @@ def solve(task_vectors: TaskVectors, options: CovarianceOptions, *, normalize: b
         options: which second moment, which numerator, which ridge, prior or not.
         normalize: divide each second moment by its trace.
         with_residual: also compute `R`, for spectral refinement.
+        least_shrinkage: smallest share of the identity in an estimated ridge.
 
     Raises:
         FactorizationError: no reasonable jitter makes the system positive definite.
     """
     factors = row_factors(task_vectors, center=options.center_second_moment)
     if factors is None:
-        return solve_dense(task_vectors, options, normalize=normalize, with_residual=with_residual)
-    return solve_stacked_rows(task_vectors, factors, options, normalize=normalize, with_residual=with_residual)
+        return solve_dense(
+            task_vectors,
+            options,
+            normalize=normalize,
+            with_residual=with_residual,
+            least_shrinkage=least_shrinkage,
+        )
+    return solve_stacked_rows(
+        task_vectors,
+        factors,
+        options,
+        normalize=normalize,
+        with_residual=with_residual,
+        least_shrinkage=least_shrinkage,
+    )

@@ -32,8 +32,9 @@ class CovarianceOptions:
         retention_bound: shorten a merged task vector that answers louder to the experts' inputs, in the mean, than they
             do themselves (`Solution.retention` above 1). Centering must be the same in both places.
         length_bound: shorten a merged task vector that is longer than the sum of `T_eff` orthogonal updates of mean
-            squared length would be; `T_eff` is `effective_experts`. `auto`: where the updates are of low rank, whose
-            few rows leave the solve free to exaggerate; elsewhere no longer than twice all updates laid end to end.
+            squared length would be; `T_eff` is `effective_experts`. `auto`: `sqrt(T_eff)` of them where the
+            updates are of low rank, whose few rows leave the solve free to exaggerate; elsewhere no longer than twice
+            all updates laid end to end.
         correlation_threshold: in `[0, 1]`; a layer whose updates are of low rank and whose experts' second moments
             correlate by less is averaged, because updates of adapters with random input matrices say nothing of their
             inputs. 0: no layer.

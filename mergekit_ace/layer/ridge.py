@@ -43,7 +43,9 @@ def fixed_ridge(epsilon: float, *, trace: float, normalize: bool) -> Regularized
     return Regularized(scale=unit, ridge=epsilon * unit, trace=trace)
 
 
-def shrunk_ridge(*, trace: float, squared_norm: float, samples: int, dimensions: int, normalize: bool) -> Regularized:
+def shrunk_ridge(
+    *, trace: float, squared_norm: float, samples: int, dimensions: int, normalize: bool, least: float = 0.0
+) -> Regularized:
     """Oracle-approximating shrinkage: `(1 - rho) G + rho (tr G / n) I`, which keeps the trace; no constant to choose.
 
     The rows of a task vector are samples of the layer's input directions; their second moment over few rows has
@@ -61,12 +63,14 @@ def shrunk_ridge(*, trace: float, squared_norm: float, samples: int, dimensions:
         samples: `m`, independent rows.
         dimensions: `n`.
         normalize: divide by the trace.
+        least: smallest `rho`, for rows that are known to be no independent samples.
     """
     spread = squared_norm - trace**2 / dimensions
     intensity = 1.0
     if spread > 0:
         numerator = (1 - 2 / dimensions) * squared_norm + trace**2
         intensity = min(1.0, numerator / ((samples + 1 - 2 / dimensions) * spread))
+    intensity = max(intensity, least)
     unit = 1 / trace if normalize else 1.0
     return Regularized(
         scale=(1 - intensity) * unit,

@@ -54,7 +54,13 @@ class Solution:
 
 
 def regularize(
-    task_vectors: TaskVectors, t: int, options: CovarianceOptions, *, normalize: bool, gram_side: Tensor
+    task_vectors: TaskVectors,
+    t: int,
+    options: CovarianceOptions,
+    *,
+    normalize: bool,
+    gram_side: Tensor,
+    least_shrinkage: float,
 ) -> Regularized:
     """Scale and ridge of expert `t`.
 
@@ -67,6 +73,7 @@ def regularize(
         options: fixed ridge or shrinkage.
         normalize: divide by the trace.
         gram_side: `G_t` or the smaller `X_t X_t^T`, which has the same eigenvalues but for zeros.
+        least_shrinkage: smallest share of the identity in an estimated ridge.
     """
     measured = task_vectors.statistics[t]
     m, n = task_vectors.shape
@@ -78,7 +85,14 @@ def regularize(
         return replace(fixed_ridge(options.epsilon, trace=trace, normalize=normalize), squared_norm=squared)
     assert squared is not None
     samples = m - 1 if options.center_second_moment else m
-    return shrunk_ridge(trace=trace, squared_norm=squared, samples=samples, dimensions=n, normalize=normalize)
+    return shrunk_ridge(
+        trace=trace,
+        squared_norm=squared,
+        samples=samples,
+        dimensions=n,
+        normalize=normalize,
+        least=least_shrinkage,
+    )
 
 
 def add_prior_(unprimed: Tensor, prior_through: Tensor) -> Tensor:

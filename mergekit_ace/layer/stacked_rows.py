@@ -34,6 +34,7 @@ def solve_stacked_rows(
     *,
     normalize: bool,
     with_residual: bool,
+    least_shrinkage: float = 0.0,
 ) -> Solution:
     """Solve in the `q` dimensions of the stacked rows.
 
@@ -46,11 +47,19 @@ def solve_stacked_rows(
         options: as in `solve`.
         normalize: as in `solve`.
         with_residual: as in `solve`.
+        least_shrinkage: as in `solve`.
     """
     rows, experts = factors.rows, factors.experts
     inner = gram(rows.mT)
     regularized = tuple(
-        regularize(task_vectors, t, options, normalize=normalize, gram_side=inner[rows_t.block, rows_t.block])
+        regularize(
+            task_vectors,
+            t,
+            options,
+            normalize=normalize,
+            gram_side=inner[rows_t.block, rows_t.block],
+            least_shrinkage=least_shrinkage,
+        )
         for t, rows_t in enumerate(experts)
     )
     shares = task_vectors.shares

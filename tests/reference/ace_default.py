@@ -17,6 +17,7 @@ from tests.reference.weights import participants
 
 CORRELATION = 0.05
 NEARLY_ALL = 0.9
+LEAST_SHRINKAGE = 0.95
 
 
 def shrinkage(second_moment: Tensor, samples: int) -> float:
@@ -77,15 +78,16 @@ def ace_default(
     m, n = D[0].shape
     identity = torch.eye(n, dtype=dtype)
 
-    # 1. Second moments of trace 1, shrunk towards the identity of the same trace.
+    low_rank = sum(a_t * captured(d) for a_t, d in zip(a, D, strict=True)) / T >= NEARLY_ALL
+
+    # 1. Second moments of trace 1, shrunk towards the identity of the same trace; an adapter's nearly to it.
     S = []
     for d in D:
         G = d.T @ d
-        rho = shrinkage(G, samples=m)
+        rho = max(shrinkage(G, samples=m), LEAST_SHRINKAGE if low_rank else 0.0)
         S.append(((1 - rho) * G + rho * G.trace() / n * identity) / G.trace())
 
     # Second moments of adapters that do not correlate are no second moments of the inputs: the mean.
-    low_rank = sum(a_t * captured(d) for a_t, d in zip(a, D, strict=True)) / T >= NEARLY_ALL
     if low_rank and correlation(S, a) < CORRELATION:
         return sum(a_t * d for a_t, d in zip(a, D, strict=True)) / T
 
@@ -109,8 +111,8 @@ def ace_default(
     retention = float((W * numerator).sum()) / own
     factor = 1 / max(1.0, retention)
 
-    # 6. No longer than twice all updates laid end to end; for updates of low rank, than the sum of so many orthogonal
-    # ones.
+    # 6. No longer than twice all updates laid end to end; for updates of low rank, than the sum of the root of so many
+    # orthogonal ones.
     end_to_end = sum(a_t * float(d.norm()) for a_t, d in zip(a, D, strict=True))
-    longest = math.sqrt(independent * mean_energy) if low_rank else 2 * end_to_end
+    longest = math.sqrt(math.sqrt(independent) * mean_energy) if low_rank else 2 * end_to_end
     return W * min(factor, longest / float(W.norm()))

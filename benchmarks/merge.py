@@ -125,7 +125,8 @@ def targets(record: Record) -> list[Target]:
         what = f"{ROBERTA.name}, eight experts: seconds of {recipe} / of {BASELINE}"
         found.append(Target(what=what, limit=1.5, value=max(ratios, default=None)))
     for architecture, limit in ((LLAMA_1B, 8), (LLAMA_3B, 10)):
-        peaks = [max(run.peak_rss) / 1e9 for run in runs(architecture) if run.recipe.startswith("ace")]
+        whole = [run for run in runs(architecture) if run.layers == architecture.layers]
+        peaks = [max(run.peak_rss) / 1e9 for run in whole if run.recipe.startswith("ace")]
         what = f"{architecture.name}, three experts: peak RSS of any ace recipe, GB"
         found.append(Target(what=what, limit=limit, value=max(peaks, default=None)))
     return found

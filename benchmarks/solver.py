@@ -170,7 +170,7 @@ def targets(record: Record, device: str) -> list[Target]:
             what="error of ours / of the literal steps, worst of all cases", limit=1, value=max(errors, default=None)
         ),
         Target(what=f"peak memory with {many} experts / with {few}, worst", limit=1.1, value=max(growth, default=None)),
-        Target(what="peak memory / documented bound of the solve, worst", limit=1, value=max(overrun, default=None)),
+        Target(what="peak memory / documented bound, worst", limit=1, value=max(overrun, default=None)),
     ]
 
 

@@ -38,11 +38,12 @@ def peak_of(shape: Shape, experts: int, branch: str, device: str) -> int:
 
 
 def documented_bound(shape: Shape, experts: int) -> int:
-    """Bytes that `layer.dense_system` or `layer.stacked_rows`, whichever solves full fine-tunes, allows itself."""
+    """Bytes that a merge of full fine-tunes allows itself: the solve's (`layer.dense_system` or `layer.stacked_rows`,
+    whichever it is) or the refinement's (`layer.merge`), whichever is more."""
     m, n = shape.m, shape.n
     q = experts * m
-    buffers = 2 * q * q + q * n + 2 * m * q + 3 * m * n if q < n else 3 * n * n + 6 * m * n
-    return 4 * buffers
+    solve = 2 * q * q + q * n + 2 * m * q + 3 * m * n if q < n else 3 * n * n + 6 * m * n
+    return 4 * max(solve, 6 * m * n + 10 * min(m, n) ** 2)
 
 
 def _peak(shape: Shape, experts: int, branch: str, device: str) -> int:

@@ -21,6 +21,8 @@ _PROBE = 512
 """Size of the matrices that are multiplied and decomposed to measure the machine."""
 # Working-dtype buffers beside the inputs while a layer is solved, as `layer.normal_equations.solve` documents them.
 _SQUARE_BUFFERS, _WEIGHT_BUFFERS = 3, 6
+# The same while it is refined, as `layer.merge.merge_by_covariance` documents them: squares of the smaller side.
+_REFINEMENT_BUFFERS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +61,8 @@ def estimate(plan: Plan) -> Cost:
         matrix = _matrix(plan, tensor, headers[0].shape)
         if matrix is not None:
             count, m, n = matrix
-            square, weight = _SQUARE_BUFFERS * n * n, _WEIGHT_BUFFERS * m * n
-            buffers = (square + weight) * working_dtype(dtype or stored).itemsize
+            square = max(_SQUARE_BUFFERS * n * n, _REFINEMENT_BUFFERS * min(m, n) ** 2)
+            buffers = (square + _WEIGHT_BUFFERS * m * n) * working_dtype(dtype or stored).itemsize
             products += count * _products(m, n, len(headers) - 1)
             cubes += count * min(m, n) ** 3
         workspace = max(workspace, inputs + buffers)

@@ -19,6 +19,9 @@ def are_low_rank(task_vectors: TaskVectors) -> bool:
     """Whether an eighth of the directions (128 at most) holds 90 percent of the updates' energy, in the mean.
 
     Found from the tensors; adapters that were merged and rounded to bfloat16 count, though their rank is full.
+
+    Args:
+        task_vectors: of at least one expert.
     """
     directions = min(_MOST_DIRECTIONS, max(1, int(_FEW_DIRECTIONS * min(task_vectors.shape))))
     shares = task_vectors.shares

@@ -24,14 +24,14 @@ def shortening(length: float, *, retention: float | None, longest: float) -> flo
     return min(factor, longest / length) if length > 0 else factor
 
 
-def longest(
+def longest_allowed(
     task_vectors: TaskVectors, options: CovarianceOptions, *, independent: float | None, low_rank: bool
 ) -> float:
     """The largest `||X||_F` that the options allow.
 
-    `sqrt(T_eff E)` with `E = mean_t(a_t e_t)`, the length of the sum of `T_eff` orthogonal updates; where the choice is
-    ours, `sqrt(sqrt(T_eff) E)`, half the way from one update to that, for updates of low rank, and
-    `2 sum_t a_t sqrt(e_t)`, twice all updates laid end to end, for others.
+    With `E = mean_t(a_t e_t)`: `sqrt(T_eff E)`, the length of the sum of `T_eff` orthogonal updates; half the way from
+    one update to that, `sqrt(sqrt(T_eff) E)`, for updates of low rank; `2 sum_t a_t sqrt(e_t)`, twice all updates laid
+    end to end, where others are to be bounded by `auto`.
 
     Args:
         task_vectors: of the layer.
@@ -41,10 +41,10 @@ def longest(
     """
     if not options.length_bound or independent is None:
         return math.inf
-    if options.length_bound == "auto" and not low_rank:
+    if low_rank:
+        return math.sqrt(math.sqrt(independent) * mean_energy(task_vectors))
+    if options.length_bound == "auto":
         shares = task_vectors.shares
         end_to_end = math.fsum(s * energy**0.5 for s, energy in zip(shares, task_vectors.energies, strict=True))
         return _TIMES_END_TO_END * end_to_end
-    if options.length_bound == "auto":
-        return math.sqrt(math.sqrt(independent) * mean_energy(task_vectors))
     return math.sqrt(independent * mean_energy(task_vectors))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mergekit_ace.layer.adapters import LEAST_SHRINKAGE, are_low_rank
 from mergekit_ace.layer.agreement import effective_experts
-from mergekit_ace.layer.bounds import longest, shortening
+from mergekit_ace.layer.bounds import longest_allowed, shortening
 from mergekit_ace.layer.heterogeneity import heterogeneity
 from mergekit_ace.layer.normal_equations import solve
 from mergekit_ace.layer.options import CovarianceOptions
@@ -145,7 +145,7 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
     factor = shortening(
         squared_norm(merged) ** 0.5,
         retention=retention,
-        longest=longest(task_vectors, options, independent=independent, low_rank=bool(low_rank)),
+        longest=longest_allowed(task_vectors, options, independent=independent, low_rank=bool(low_rank)),
     )
     if factor < 1:
         merged.mul_(factor)

@@ -32,9 +32,9 @@ class CovarianceOptions:
         retention_bound: shorten a merged task vector that answers louder to the experts' inputs, in the mean, than they
             do themselves (`Solution.retention` above 1). Centering must be the same in both places.
         length_bound: shorten a merged task vector that is longer than the sum of `T_eff` orthogonal updates of mean
-            squared length would be; `T_eff` is `effective_experts`. `auto`: `sqrt(T_eff)` of them where the
-            updates are of low rank, whose few rows leave the solve free to exaggerate; elsewhere no longer than twice
-            all updates laid end to end.
+            squared length would be; `T_eff` is `effective_experts`. `auto`: only where it is longer than twice all
+            updates laid end to end. Either way, updates of low rank, whose few rows leave the solve free to exaggerate,
+            are held to `sqrt(T_eff)` orthogonal ones.
         correlation_threshold: in `[0, 1]`; a layer whose updates are of low rank and whose experts' second moments
             correlate by less is averaged, because updates of adapters with random input matrices say nothing of their
             inputs. 0: no layer.
@@ -81,7 +81,7 @@ class CovarianceOptions:
     @property
     def asks_for_rank(self) -> bool:
         """Whether it matters that updates are of low rank."""
-        return self.length_bound == "auto" or self.correlation_threshold > 0
+        return bool(self.length_bound) or self.correlation_threshold > 0
 
     @property
     def asks_for_moment_norms(self) -> bool:

@@ -56,8 +56,8 @@ def orthonormal_factors(matrix: Tensor, *, most: int, tolerance: float) -> tuple
 def captured_energy(matrix: Tensor, directions: int) -> float:
     """Share of `||matrix||_F^2` in about its top `directions` directions, in `[0, 1]`; 1 for a zero matrix.
 
-    A range finder of that many random directions, with a fixed seed: exact where the rank is no larger, a few percent
-    below the best that as many directions can hold where the spectrum is flat.
+    `||Q^T X||_F^2 / ||X||_F^2` with `Q` the range of `X` times as many random columns, of a fixed seed: exact where the
+    rank is no larger, a few percent below the best where the spectrum is flat. Source: as `orthonormal_factors`.
 
     Args:
         matrix: `[m, n]`, unchanged.

@@ -94,7 +94,7 @@ class Ace(LayerwiseMethod):
             default="preset",
             requirement="true, false or 'auto'",
             description="keep the merge as near to the base as the sum of its independent updates would be; 'auto': "
-            "where updates are of low rank",
+            "adapters alone, nearer",
         ),
     )
 

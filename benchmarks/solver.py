@@ -27,6 +27,7 @@ from benchmarks.speed.tables import (
     targets_table,
 )
 from benchmarks.speed.timing import race
+from mergekit_ace.layer.workload import by_stacked_rows
 from mergekit_ace.methods.catalogue import METHODS
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,7 +43,8 @@ PATIENCE = 15.0
 ADAM_STEPS = 300
 # Steps that are timed where all of them would take longer than PATIENCE; their difference is the time of a step.
 FEW_STEPS, MORE_STEPS = 3, 9
-MEMORY_EXPERTS = (2, 16)
+FEW, MANY = 2, 16
+"""Experts of the study of memory."""
 
 
 def measure_branch(study: str, shape: Shape, layer: Layer, branch: str, device: str) -> Timing:
@@ -120,8 +122,15 @@ def measure_memory(shape: Shape, branch: str, device: str) -> list[Memory]:
             peak=peak_of(shape, experts, branch, device),
             bound=documented_bound(shape, experts),
         )
-        for experts in MEMORY_EXPERTS
+        for experts in sorted({FEW, fewest_by_the_same_route(shape.m, shape.n), MANY})
     ]
+
+
+def fewest_by_the_same_route(m: int, n: int) -> int:
+    """The fewest experts that are solved as many are: fewer rows than inputs take less memory by another route."""
+    return next(
+        experts for experts in range(FEW, MANY + 1) if by_stacked_rows(m, n, experts) == by_stacked_rows(m, n, MANY)
+    )
 
 
 def targets(record: Record, device: str) -> list[Target]:
@@ -138,9 +147,8 @@ def targets(record: Record, device: str) -> list[Target]:
     compared = [row for row in record.timings if "literal" in row.seconds]
     errors = [row.errors["ours"] / row.errors["literal"] for row in record.timings if row.errors]
     peaks = {row.key: row.peak for row in record.memory}
-    few, many = MEMORY_EXPERTS
-    smaller = {key: (*key[:-1], few) for key in peaks if key[-1] == many}
-    growth = [peaks[key] / peaks[other] for key, other in smaller.items() if other in peaks]
+    fewest = {row.key: (*row.key[:-1], fewest_by_the_same_route(row.m, row.n)) for row in record.memory}
+    growth = [peaks[key] / peaks[fewest[key]] for key in peaks if key[-1] == MANY and fewest[key] in peaks]
     overrun = [row.peak / row.bound for row in record.memory]
     mean = geometric_mean
     speed = [
@@ -169,7 +177,11 @@ def targets(record: Record, device: str) -> list[Target]:
         Target(
             what="error of ours / of the literal steps, worst of all cases", limit=1, value=max(errors, default=None)
         ),
-        Target(what=f"peak memory with {many} experts / with {few}, worst", limit=1.1, value=max(growth, default=None)),
+        Target(
+            what=f"peak memory with {MANY} experts / with the fewest by the same route, worst",
+            limit=1.1,
+            value=max(growth, default=None),
+        ),
         Target(what="peak memory / documented bound, worst", limit=1, value=max(overrun, default=None)),
     ]
 

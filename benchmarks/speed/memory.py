@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.speed.contenders import ours
 from benchmarks.speed.layers import Shape, fine_tuned, parse_shape
+from mergekit_ace.layer.workload import working_numbers
 
 PROJECT = Path(__file__).resolve().parents[2]
 _RESET = Path("/proc/self/clear_refs")
@@ -38,12 +39,8 @@ def peak_of(shape: Shape, experts: int, branch: str, device: str) -> int:
 
 
 def documented_bound(shape: Shape, experts: int) -> int:
-    """Bytes that a merge of full fine-tunes allows itself: the solve's (`layer.dense_system` or `layer.stacked_rows`,
-    whichever it is) or the refinement's (`layer.merge`), whichever is more."""
-    m, n = shape.m, shape.n
-    q = experts * m
-    solve = 2 * q * q + q * n + 2 * m * q + 3 * m * n if q < n else 3 * n * n + 6 * m * n
-    return 4 * max(solve, 6 * m * n + 10 * min(m, n) ** 2)
+    """Bytes that a merge of full fine-tunes allows itself (`layer.workload`)."""
+    return torch.float32.itemsize * working_numbers(shape.m, shape.n, experts)
 
 
 def _peak(shape: Shape, experts: int, branch: str, device: str) -> int:

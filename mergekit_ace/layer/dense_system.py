@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mergekit_ace.layer.agreement import moment_correlation
+from mergekit_ace.layer.branch import Branch
 from mergekit_ace.layer.diagnostics import diagnostics_wanted
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.ridge import Regularized
@@ -14,14 +15,7 @@ from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.linalg.symmetric import add_gram_upper_, add_to_diagonal_, gram, mirror_upper_
 
 
-def solve_dense(
-    task_vectors: TaskVectors,
-    options: CovarianceOptions,
-    *,
-    normalize: bool,
-    with_residual: bool,
-    least_shrinkage: float = 0.0,
-) -> Solution:
+def solve_dense(task_vectors: TaskVectors, options: CovarianceOptions, branch: Branch) -> Solution:
     """Accumulate the normal equations one expert at a time, and solve them.
 
     Beyond the inputs and whatever the number of experts, at most three `[n, n]` and six `[m, n]` working-dtype buffers
@@ -30,17 +24,15 @@ def solve_dense(
     Args:
         task_vectors: at least one expert.
         options: which second moment, which numerator, which ridge, prior or not.
-        normalize: divide each second moment by its trace; every expert's must be positive then.
-        with_residual: also compute `R`, for spectral refinement.
-        least_shrinkage: as in `solve`.
+        branch: as in `solve`.
     """
     m, n = task_vectors.shape
     new = task_vectors.base.new_zeros
     dtype = task_vectors.dtype
     system = new((n, n), dtype=dtype)
     numerator = new((m, n), dtype=dtype)
-    ridge_part = new((m, n), dtype=dtype) if with_residual else numerator
-    total = new((m, n), dtype=dtype) if with_residual else None
+    ridge_part = new((m, n), dtype=dtype) if branch.with_residual else numerator
+    total = new((m, n), dtype=dtype) if branch.with_residual else None
     # Mean rows travel as vectors: the outer product with 1_m is added once, at the end.
     numerator_row, residual_row = new(n, dtype=dtype), new(n, dtype=dtype)
     regularized: list[Regularized] = []
@@ -54,9 +46,7 @@ def solve_dense(
             rows.sub_(mean_row)
         wide = m < n
         smaller = gram(rows.mT if wide else rows)
-        proxy = regularize(
-            task_vectors, t, options, normalize=normalize, gram_side=smaller, least_shrinkage=least_shrinkage
-        )
+        proxy = regularize(task_vectors, t, options, branch, gram_side=smaller)
         regularized.append(proxy)
         weight = share * proxy.scale
         if wide:
@@ -97,7 +87,7 @@ def solve_dense(
     condition = condition_number(factor) if diagnostics_wanted() else None
     weight_matrix = solve_right(numerator, factor)
     if prior_row is not None:
-        prior_row.mul_(prior_scale(task_vectors, normalize=normalize))
+        prior_row.mul_(prior_scale(task_vectors, normalize=branch.normalize))
         add_prior_(weight_matrix, solve_right(prior_row[None], factor)[0])
     return Solution(
         weight=weight_matrix,

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mergekit_ace.layer.adapters import LEAST_SHRINKAGE, are_low_rank
 from mergekit_ace.layer.agreement import effective_experts
 from mergekit_ace.layer.bounds import longest_allowed, shortening
-from mergekit_ace.layer.heterogeneity import heterogeneity
+from mergekit_ace.layer.branch import choose_branch
 from mergekit_ace.layer.normal_equations import solve
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.refinement import Refinement, spectral_refinement
@@ -85,8 +84,8 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
     Experts without information in the layer were left out by `TaskVectors`. With none left the merged task vector is
     zero, with one it is that expert's, exactly. Where every update is the same in all rows, it is their mean.
 
-    Working memory beyond the inputs, whatever the number of experts: that of `solve`, then for the refinement, whose
-    eigendecomposition is float64, at most `6 m n + 10 min(m, n)^2` float32 numbers.
+    Working memory beyond the inputs: `working_numbers`, whatever the number of experts. Of the refinement's ten squares
+    of the smaller side eight are its eigendecomposition, in float64.
 
     Args:
         task_vectors: of one `[m, n]` weight.
@@ -107,32 +106,20 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         # All rows of every update are equal: no second moment to weigh the experts by, and centering would lose them.
         return LayerMerge(task_vector=task_vectors.sum().div_(len(task_vectors)))
     require_full_float32()
-    spread = heterogeneity(task_vectors.energies, options.heterogeneity)
-    heterogeneous = options.is_heterogeneous(spread)
-    happens = {"never": False, "heterogeneous": heterogeneous, "always": True}
-    normalize = happens[options.trace_normalization]
-    refine = happens[options.refinement] and int(options.spectral_fraction * min(task_vectors.shape)) > 0
-    of_residual = options.refined == "residual"
-    low_rank = are_low_rank(task_vectors) if options.asks_for_rank else None
-    solution = solve(
-        task_vectors,
-        options,
-        normalize=normalize,
-        with_residual=refine and of_residual,
-        least_shrinkage=LEAST_SHRINKAGE if low_rank else 0.0,
-    )
-    if low_rank and solution.correlation is not None and solution.correlation < options.correlation_threshold:
+    branch = choose_branch(task_vectors, options)
+    solution = solve(task_vectors, options, branch)
+    if branch.low_rank and solution.correlation is not None and solution.correlation < options.correlation_threshold:
         return LayerMerge(
             task_vector=task_vectors.sum().div_(len(task_vectors)),
-            heterogeneity=spread,
-            heterogeneous=heterogeneous,
+            heterogeneity=branch.heterogeneity,
+            heterogeneous=branch.heterogeneous,
             correlation=solution.correlation,
             low_rank=True,
             uncorrelated=True,
         )
     independent = effective_experts(task_vectors) if options.asks_for_agreement else None
     merged, refinement = solution.weight, None
-    if refine:
+    if branch.refine:
         refinement = spectral_refinement(
             solution.residual.add_(merged) if solution.residual is not None else merged,
             options.spectral_fraction,
@@ -145,23 +132,23 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
     factor = shortening(
         squared_norm(merged) ** 0.5,
         retention=retention,
-        longest=longest_allowed(task_vectors, options, independent=independent, low_rank=bool(low_rank)),
+        longest=longest_allowed(task_vectors, options, independent=independent, low_rank=bool(branch.low_rank)),
     )
     if factor < 1:
         merged.mul_(factor)
         refinement = refinement and refinement.times_(factor)
     return LayerMerge(
         task_vector=merged,
-        heterogeneity=spread,
-        heterogeneous=heterogeneous,
-        normalized=normalize,
+        heterogeneity=branch.heterogeneity,
+        heterogeneous=branch.heterogeneous,
+        normalized=branch.normalize,
         regularized=tuple(solution.regularized[place] for place in became),
         ridge=relative_ridge(solution.regularized, task_vectors.shares, task_vectors.shape[1]),
         ridge_is_fixed=options.epsilon != "auto",
         condition=solution.condition,
         refinement=refinement,
         effective_experts=independent,
-        low_rank=low_rank,
+        low_rank=branch.low_rank,
         retention=retention,
         shortening=factor,
         correlation=solution.correlation,

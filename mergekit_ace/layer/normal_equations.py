@@ -9,6 +9,7 @@ forms the `[n, n]` system, `stacked_rows` the `[q, q]` one of the `q < n` rows t
 
 from __future__ import annotations
 
+from mergekit_ace.layer.branch import Branch
 from mergekit_ace.layer.dense_system import solve_dense
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.row_factors import row_factors
@@ -17,40 +18,18 @@ from mergekit_ace.layer.stacked_rows import solve_stacked_rows
 from mergekit_ace.layer.task_vectors import TaskVectors
 
 
-def solve(
-    task_vectors: TaskVectors,
-    options: CovarianceOptions,
-    *,
-    normalize: bool,
-    with_residual: bool,
-    least_shrinkage: float = 0.0,
-) -> Solution:
+def solve(task_vectors: TaskVectors, options: CovarianceOptions, branch: Branch) -> Solution:
     """Solve the normal equations by the route that does the least arithmetic.
 
     Args:
         task_vectors: at least one expert.
         options: which second moment, which numerator, which ridge, prior or not.
-        normalize: divide each second moment by its trace.
-        with_residual: also compute `R`, for spectral refinement.
-        least_shrinkage: smallest share of the identity in an estimated ridge.
+        branch: whether second moments are divided by their traces, and the residual is wanted.
 
     Raises:
         FactorizationError: no reasonable jitter makes the system positive definite.
     """
     factors = row_factors(task_vectors, center=options.center_second_moment)
     if factors is None:
-        return solve_dense(
-            task_vectors,
-            options,
-            normalize=normalize,
-            with_residual=with_residual,
-            least_shrinkage=least_shrinkage,
-        )
-    return solve_stacked_rows(
-        task_vectors,
-        factors,
-        options,
-        normalize=normalize,
-        with_residual=with_residual,
-        least_shrinkage=least_shrinkage,
-    )
+        return solve_dense(task_vectors, options, branch)
+    return solve_stacked_rows(task_vectors, factors, options, branch)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mergekit_ace.layer.agreement import mean_energy
+from mergekit_ace.layer.branch import Branch
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.ridge import Regularized, fixed_ridge, shrunk_ridge
 from mergekit_ace.layer.task_vectors import TaskVectors
@@ -54,13 +55,7 @@ class Solution:
 
 
 def regularize(
-    task_vectors: TaskVectors,
-    t: int,
-    options: CovarianceOptions,
-    *,
-    normalize: bool,
-    gram_side: Tensor,
-    least_shrinkage: float,
+    task_vectors: TaskVectors, t: int, options: CovarianceOptions, branch: Branch, *, gram_side: Tensor
 ) -> Regularized:
     """Scale and ridge of expert `t`.
 
@@ -71,18 +66,17 @@ def regularize(
         task_vectors: of the layer.
         t: which expert.
         options: fixed ridge or shrinkage.
-        normalize: divide by the trace.
+        branch: whether to divide by the trace, and the least shrinkage.
         gram_side: `G_t` or the smaller `X_t X_t^T`, which has the same eigenvalues but for zeros.
-        least_shrinkage: smallest share of the identity in an estimated ridge.
     """
     measured = task_vectors.statistics[t]
     m, n = task_vectors.shape
     trace = measured.centered_energy if options.center_second_moment else measured.energy
-    if trace == 0 and (normalize or options.epsilon == "auto"):
+    if trace == 0 and (branch.normalize or options.epsilon == "auto"):
         return Regularized(scale=0.0, ridge=0.0, trace=0.0, squared_norm=0.0)
     squared = squared_norm(gram_side) if options.asks_for_moment_norms else None
     if options.epsilon != "auto":
-        return replace(fixed_ridge(options.epsilon, trace=trace, normalize=normalize), squared_norm=squared)
+        return replace(fixed_ridge(options.epsilon, trace=trace, normalize=branch.normalize), squared_norm=squared)
     assert squared is not None
     samples = m - 1 if options.center_second_moment else m
     return shrunk_ridge(
@@ -90,8 +84,8 @@ def regularize(
         squared_norm=squared,
         samples=samples,
         dimensions=n,
-        normalize=normalize,
-        least=least_shrinkage,
+        normalize=branch.normalize,
+        least=branch.least_shrinkage,
     )
 
 

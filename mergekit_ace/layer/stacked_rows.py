@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ace.layer.agreement import moment_correlation
+from mergekit_ace.layer.branch import Branch
 from mergekit_ace.layer.diagnostics import diagnostics_wanted
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.row_factors import ExpertRows, RowFactors
@@ -28,13 +29,7 @@ from mergekit_ace.linalg.symmetric import add_to_diagonal_, gram
 
 
 def solve_stacked_rows(
-    task_vectors: TaskVectors,
-    factors: RowFactors,
-    options: CovarianceOptions,
-    *,
-    normalize: bool,
-    with_residual: bool,
-    least_shrinkage: float = 0.0,
+    task_vectors: TaskVectors, factors: RowFactors, options: CovarianceOptions, branch: Branch
 ) -> Solution:
     """Solve in the `q` dimensions of the stacked rows.
 
@@ -45,21 +40,12 @@ def solve_stacked_rows(
         task_vectors: at least one expert.
         factors: their rows; overwritten.
         options: as in `solve`.
-        normalize: as in `solve`.
-        with_residual: as in `solve`.
-        least_shrinkage: as in `solve`.
+        branch: as in `solve`.
     """
     rows, experts = factors.rows, factors.experts
     inner = gram(rows.mT)
     regularized = tuple(
-        regularize(
-            task_vectors,
-            t,
-            options,
-            normalize=normalize,
-            gram_side=inner[rows_t.block, rows_t.block],
-            least_shrinkage=least_shrinkage,
-        )
+        regularize(task_vectors, t, options, branch, gram_side=inner[rows_t.block, rows_t.block])
         for t, rows_t in enumerate(experts)
     )
     shares = task_vectors.shares
@@ -94,7 +80,7 @@ def solve_stacked_rows(
     for rows_t, unit, own in zip(experts, units, ridges, strict=True):
         block = inner[rows_t.block, rows_t.block] * unit
         numerator[:, rows_t.block] = _expand(rows_t, add_to_diagonal_(block, own * unit))
-    residual = _residual(task_vectors, factors, inner, units, ridge) if with_residual else None
+    residual = _residual(task_vectors, factors, inner, units, ridge) if branch.with_residual else None
 
     factor = cholesky_factor(add_to_diagonal_(inner, ridge), what=task_vectors.name)
     del inner
@@ -108,7 +94,7 @@ def solve_stacked_rows(
         inside = solve_right((row @ rows.mT)[None], factor) @ rows
         weight_matrix.add_((row - inside[0]) / ridge)
     if options.structural_prior:
-        along = rows.sum(dim=1)[None] * (prior_scale(task_vectors, normalize=normalize) / rows.shape[1])
+        along = rows.sum(dim=1)[None] * (prior_scale(task_vectors, normalize=branch.normalize) / rows.shape[1])
         add_prior_(weight_matrix, (solve_right(along, factor) @ rows)[0])
     # The q < n rows leave directions in which only the ridge acts, so it is the smallest eigenvalue.
     condition = largest_eigenvalue(factor) / ridge if diagnostics_wanted() else None

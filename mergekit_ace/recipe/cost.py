@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from mergekit.common import dtype_from_name
 
+from mergekit_ace.layer.workload import multiply_adds, working_numbers
 from mergekit_ace.linalg.precision import working_dtype
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.recipe.findings import Finding
@@ -19,10 +20,6 @@ _PYTHON = 700_000_000
 """Resident size of a process that has imported torch, transformers and mergekit, in bytes."""
 _PROBE = 512
 """Size of the matrices that are multiplied and decomposed to measure the machine."""
-# Working-dtype buffers beside the inputs while a layer is solved, as `layer.normal_equations.solve` documents them.
-_SQUARE_BUFFERS, _WEIGHT_BUFFERS = 3, 6
-# The same while it is refined, as `layer.merge.merge_by_covariance` documents them: squares of the smaller side.
-_REFINEMENT_BUFFERS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +58,9 @@ def estimate(plan: Plan) -> Cost:
         matrix = _matrix(plan, tensor, headers[0].shape)
         if matrix is not None:
             count, m, n = matrix
-            square = max(_SQUARE_BUFFERS * n * n, _REFINEMENT_BUFFERS * min(m, n) ** 2)
-            buffers = (square + _WEIGHT_BUFFERS * m * n) * working_dtype(dtype or stored).itemsize
-            products += count * _products(m, n, len(headers) - 1)
+            experts = len(headers) - 1
+            buffers = working_numbers(m, n, experts) * working_dtype(dtype or stored).itemsize
+            products += count * multiply_adds(m, n, experts)
             cubes += count * min(m, n) ** 3
         workspace = max(workspace, inputs + buffers)
     seconds = None
@@ -114,13 +111,6 @@ def _matrix(plan: Plan, tensor: PlannedTensor, shape: tuple[int, ...]) -> tuple[
         return None
     m, n = shape[-2:] if parameters["input_axis"] == "last" else (shape[-1], shape[-2])
     return (shape[0] if kind == "stack" else 1), m, n
-
-
-def _products(m: int, n: int, experts: int) -> float:
-    """Multiply-adds of Gram matrices, numerator, Cholesky factor and triangular solves, refinement's products."""
-    small, large = min(m, n), max(m, n)
-    each = small * small * large / 2 + m * n * small + (n * n * m / 2 if m < n else 0)
-    return experts * each + n**3 / 6 + 2 * m * n * n + small * small * large
 
 
 def _speed(device: torch.device) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from mergekit_ace.methods.advice import LARGE
 from mergekit_ace.recipe.findings import Finding, by_gravity
 from mergekit_ace.report.model import LayerReport, Report
 from mergekit_ace.report.naming import short_names
-from mergekit_ace.report.summary import SOLVED
+from mergekit_ace.report.summary import SOLVED, compared_layers
 
 DROWNED = 1.0
 """A relative ridge above this: the solve follows the ridge more than the second moments."""
@@ -79,7 +79,7 @@ def _ill_conditioned(report: Report) -> Iterator[Finding]:
 
 
 def _dominated(report: Report) -> Iterator[Finding]:
-    layers = [layer for layer in _solved(report) if len(layer.experts) > 1]
+    layers = compared_layers(report)
     short = short_names(report.experts)
     for name in report.experts:
         shares = [e.trace_share for layer in layers for e in layer.experts if e.expert == name]

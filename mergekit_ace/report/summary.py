@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import get_args
 
-from mergekit_ace.report.model import Branch, ExpertReport, LayerReport, Report
+from mergekit_ace.report.model import Branch, LayerReport, Report
 
 SOLVED: tuple[Branch, ...] = ("heterogeneous", "homogeneous", "method")
 """The branches in which experts are weighed against each other."""
@@ -64,14 +64,18 @@ def summarize(report: Report, *, worst: int = 5) -> Summary:
         worst: how many of the worst layers.
     """
     counted = Counter(layer.branch for layer in report.layers)
-    solved = [layer for layer in report.layers if layer.branch in SOLVED and len(layer.experts) > 1]
     return Summary(
         branches={branch: counted[branch] for branch in get_args(Branch) if counted[branch]},
         experts=tuple(_expert(expert, report) for expert in report.experts),
-        worst=tuple(sorted(solved, key=badness, reverse=True)[:worst]),
+        worst=tuple(sorted(compared_layers(report), key=badness, reverse=True)[:worst]),
         failed=tuple(layer for layer in report.layers if layer.branch == "failed"),
         seconds=sum(layer.seconds for layer in report.layers),
     )
+
+
+def compared_layers(report: Report) -> list[LayerReport]:
+    """The layers in which two experts or more are weighed against each other."""
+    return [layer for layer in report.layers if layer.branch in SOLVED and len(layer.experts) > 1]
 
 
 def gate_statistic(layer: LayerReport) -> float | None:
@@ -94,15 +98,13 @@ def badness(layer: LayerReport) -> float:
 
 
 def _expert(name: str, report: Report) -> ExpertSummary:
-    present: list[tuple[LayerReport, ExpertReport]] = [
-        (layer, expert) for layer in report.layers for expert in layer.experts if expert.expert == name
-    ]
-    weighed = [expert for layer, expert in present if layer.branch in SOLVED and len(layer.experts) > 1]
+    present = [expert for layer in report.layers for expert in layer.experts if expert.expert == name]
+    weighed = [expert for layer in compared_layers(report) for expert in layer.experts if expert.expert == name]
     known = [expert.loss for expert in weighed if expert.loss is not None]
     return ExpertSummary(
         expert=name,
         layers=len(present),
-        norm=math.sqrt(sum(expert.norm**2 for _, expert in present)),
+        norm=math.sqrt(sum(expert.norm**2 for expert in present)),
         trace_share=sum(expert.trace_share for expert in weighed) / len(weighed) if weighed else 0.0,
         loss=sum(known) / len(known) if known else None,
     )

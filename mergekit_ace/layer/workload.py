@@ -1,0 +1,37 @@
+"""What a layer's merge takes, by its shape alone: the bounds of its memory, the count of its arithmetic."""
+
+from __future__ import annotations
+
+
+def by_stacked_rows(m: int, n: int, experts: int) -> bool:
+    """Whether full fine-tunes of this shape have fewer rows together than the layer has inputs."""
+    return experts * m < n
+
+
+def working_numbers(m: int, n: int, experts: int) -> int:
+    """The most working-dtype numbers that `merge_by_covariance` holds at once beyond its inputs, for full fine-tunes.
+
+        max(3 n^2 + 6 m n, 6 m n + 10 min(m, n)^2)             solve, refinement
+        max(2 q^2 + q n + 2 m q + 3 m n, the same refinement)  where the q = T m rows are fewer than n
+
+    The number of experts only enters where few of them need less than the bound for many. Low-rank updates need less.
+    """
+    q = experts * m
+    dense = 3 * n * n + 6 * m * n
+    stacked_rows = 2 * q * q + q * n + 2 * m * q + 3 * m * n
+    solve = stacked_rows if by_stacked_rows(m, n, experts) else dense
+    return max(solve, 6 * m * n + 10 * min(m, n) ** 2)
+
+
+def multiply_adds(m: int, n: int, experts: int) -> float:
+    """Working-dtype multiply-adds of products, factors and triangular solves, for full fine-tunes.
+
+    Symmetric products at half of their full count. The eigendecomposition of the refinement is not in it.
+    """
+    small, large = min(m, n), max(m, n)
+    refinement = small * small * large
+    if by_stacked_rows(m, n, experts):
+        q = experts * m
+        return q * q * n / 2 + experts * m**3 + q**3 / 6 + m * q * q + 2 * m * q * n + refinement
+    each = small * small * large / 2 + m * n * small + (n * n * m / 2 if m < n else 0)
+    return experts * each + n**3 / 6 + m * n * n + refinement

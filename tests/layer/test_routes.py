@@ -11,6 +11,7 @@ from mergekit_ace.layer.dense_system import solve_dense
 from mergekit_ace.layer.merge import merge_by_covariance
 from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.row_factors import row_factors
+from mergekit_ace.layer.workload import by_stacked_rows, multiply_adds, working_numbers
 from tests.layer.experts import adapter_updates, in_float64, layer, steep_updates
 from tests.reference.ace import AceOptions, ace
 
@@ -76,5 +77,12 @@ def test_adapters_rounded_to_bfloat16_are_of_full_rank() -> None:
     assert row_factors(layer(adapter_updates(300, 280, 3, rank=16), dtype=torch.bfloat16), center=True) is None
 
 
-def test_full_fine_tunes_take_the_dense_route() -> None:
-    assert row_factors(layer(steep_updates(300, 280, 3)), center=True) is None
+@pytest.mark.parametrize(("m", "n", "experts"), [(300, 280, 3), (40, 300, 4), (40, 160, 4), (40, 161, 4), (30, 300, 9)])
+def test_full_fine_tunes_take_the_route_that_is_counted_for_them(m: int, n: int, experts: int) -> None:
+    factors = row_factors(layer(steep_updates(m, n, experts)), center=True)
+    assert (factors is not None) == by_stacked_rows(m, n, experts)
+
+
+def test_few_rows_take_less_memory_and_arithmetic_than_the_same_layer_with_more_experts() -> None:
+    assert working_numbers(512, 4096, 2) < working_numbers(512, 4096, 8) == working_numbers(512, 4096, 32)
+    assert 4 * multiply_adds(512, 4096, 2) < multiply_adds(512, 4096, 8)

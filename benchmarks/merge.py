@@ -17,7 +17,7 @@ import click
 import torch
 import yaml
 
-from benchmarks.speed.checkpoints import LLAMA_1B, LLAMA_3B, ROBERTA, Architecture, write_base, write_expert
+from benchmarks.speed.checkpoints import LLAMA_1B, LLAMA_3B, LLAMA_70B, ROBERTA, Architecture, write_base, write_expert
 from benchmarks.speed.command import Usage, mergekit_yaml
 from benchmarks.speed.record import Record, Run, Target, machine
 from benchmarks.speed.tables import environment_line, runs_table, targets_table
@@ -33,6 +33,8 @@ class Case:
     experts: int
     options: tuple[str, ...] = ()
     rounds: int = 1
+    layers: int | None = None
+    """Of a shortened model; None for the real depth."""
 
 
 SHARDED = ("--out-shard-size", "1B")
@@ -42,6 +44,7 @@ CASES = {
     "roberta": Case(architecture=ROBERTA, experts=8, rounds=3),
     "llama-1b": Case(architecture=LLAMA_1B, experts=3, options=SHARDED),
     "llama-3b": Case(architecture=LLAMA_3B, experts=3, options=SHARDED),
+    "llama-70b": Case(architecture=LLAMA_70B, experts=8, options=SHARDED, layers=1),
 }
 BASELINE = "ties"
 RECIPES: Mapping[str, Mapping[str, object]] = {
@@ -160,9 +163,13 @@ def report(record: Record) -> str:
 @click.option("--case", "cases", type=click.Choice(list(CASES)), multiple=True, help="Only these; may be repeated.")
 @click.option("--recipe", "recipes", type=click.Choice(list(RECIPES)), multiple=True, help="Only these, likewise.")
 @click.option("--rounds", type=click.IntRange(min=1), help="[default: 3 of roberta, else 1]")
-@click.option("--layers", type=click.IntRange(min=1), help="Of a shortened model. [default: the real depth]")
+@click.option(
+    "--layers", type=click.IntRange(min=1), help="Of a shortened model. [default: the real depth; 1 of llama-70b]"
+)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--work", type=click.Path(path_type=Path), help="Holds the checkpoints: 13 GB for llama-1b, 33 for 3b.")
+@click.option(
+    "--work", type=click.Path(path_type=Path), help="Holds the checkpoints: 13 GB for llama-1b, 33 for 3b, 17 for 70b."
+)
 @click.option("--keep", is_flag=True, help="Leave the checkpoints in --work, and use those that are there.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default="benchmarks/results")
 def main(
@@ -184,7 +191,7 @@ def main(
     record.environment = machine(device)
     for name in cases or CASES:
         case = CASES[name]
-        depth = layers or case.architecture.layers
+        depth = layers or case.layers or case.architecture.layers
         with tempfile.TemporaryDirectory(prefix="merge-", dir=work) as scratch:
             folder = (work if work and keep else Path(scratch)).resolve() / f"{name}-{depth}"
             base, experts = checkpoints(case, depth, folder)

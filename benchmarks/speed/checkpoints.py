@@ -34,12 +34,14 @@ class Architecture:
     model: type[transformers.PreTrainedModel]
 
 
-def _llama(hidden: int, heads: int) -> Callable[[int], transformers.PretrainedConfig]:
+def _llama(
+    hidden: int, heads: int, *, intermediate: int = 8192, vocabulary: int = 128256
+) -> Callable[[int], transformers.PretrainedConfig]:
     def config(layers: int) -> transformers.PretrainedConfig:
         return transformers.LlamaConfig(
-            vocab_size=128256,
+            vocab_size=vocabulary,
             hidden_size=hidden,
-            intermediate_size=8192,
+            intermediate_size=intermediate,
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=8,
@@ -81,6 +83,14 @@ LLAMA_3B = Architecture(
     config=_llama(3072, 24),
     model=transformers.LlamaForCausalLM,
 )
+LLAMA_70B = Architecture(
+    name="Llama-3-70B without its vocabulary",
+    layers=80,
+    dtype=torch.bfloat16,
+    config=_llama(8192, 64, intermediate=28672, vocabulary=64),
+    model=transformers.LlamaForCausalLM,
+)
+"""To learn what its layers cost: nine copies of its embedding tables would be most of the files."""
 
 
 def write_base(architecture: Architecture, layers: int, folder: Path) -> Path:

@@ -16,7 +16,7 @@ from mergekit.merge_methods import merge_tensors
 import mergekit_ace
 from benchmarks.speed import contenders
 from benchmarks.speed.layers import LARGE, SMALL, TABLE, Layer, Shape, adapted, fine_tuned, parse_shape
-from benchmarks.speed.memory import documented_bound, measurable, peak_of
+from benchmarks.speed.memory import documented_bound, measurable, peak_and_seconds
 from benchmarks.speed.record import Memory, Record, Target, Timing, geometric_mean, machine
 from benchmarks.speed.tables import (
     branches_table,
@@ -34,6 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 BRANCHES = ("homogeneous", "heterogeneous")
 PEERS = ("tsv_m", "iso_c", "iso_cts")
 STUDIES = ("branches", "adapters", "errors", "peers", "methods", "memory")
+ON_REQUEST = "alone"
 EXPERTS = (3, 8, 20)
 # Experts of the studies that do not vary them; the targets are stated for as many.
 SEVERAL = 8
@@ -112,18 +113,27 @@ def timing(
 
 
 def measure_memory(shape: Shape, branch: str, device: str) -> list[Memory]:
-    return [
-        Memory(
-            study=branch,
-            model=shape.model,
-            m=shape.m,
-            n=shape.n,
-            experts=experts,
-            peak=peak_of(shape, experts, branch, device),
-            bound=documented_bound(shape, experts),
-        )
-        for experts in sorted({FEW, fewest_by_the_same_route(shape.m, shape.n), MANY})
-    ]
+    counts = sorted({FEW, fewest_by_the_same_route(shape.m, shape.n), MANY})
+    return [memory(shape, experts, branch, peak_and_seconds(shape, experts, branch, device)[0]) for experts in counts]
+
+
+def memory(shape: Shape, experts: int, branch: str, peak: int) -> Memory:
+    bound = documented_bound(shape, experts)
+    return Memory(study=branch, model=shape.model, m=shape.m, n=shape.n, experts=experts, peak=peak, bound=bound)
+
+
+def measure_alone(shape: Shape, experts: int, device: str) -> tuple[Timing, Memory]:
+    """Our default once, without contenders, for layers that those would take an hour for."""
+    peak, seconds = peak_and_seconds(shape, experts, "default", device)
+    row = Timing(
+        study="alone",
+        model=shape.model,
+        m=shape.m,
+        n=shape.n,
+        experts=experts,
+        seconds={"default": [round(seconds, 2)]},
+    )
+    return row, memory(shape, experts, "default", peak)
 
 
 def fewest_by_the_same_route(m: int, n: int) -> int:
@@ -207,6 +217,8 @@ def report(record: Record, device: str) -> str:
     if rows := in_order(row for row in record.timings if row.study == "methods"):
         parts += ["## The methods of this package with their defaults, as mergekit calls them\n"]
         parts += [contest_table(rows, to=None)]
+    if rows := in_order(row for row in record.timings if row.study == ON_REQUEST):
+        parts += ["## The default of `ace`, once, in a process of its own\n", contest_table(rows, to=None)]
     if record.memory:
         parts += ["## Peak memory of a layer's merge beyond its inputs\n", memory_table(record)]
     return "\n".join(parts)
@@ -220,7 +232,12 @@ def in_order(rows: Iterable[Timing]) -> list[Timing]:
 @click.command(help=__doc__)
 @click.option("--shapes", metavar="MxN", multiple=True, help="Only these layers; may be repeated.")
 @click.option("--experts", type=int, multiple=True, help=f"Of the branches; may be repeated. [default: {EXPERTS}]")
-@click.option("--study", type=click.Choice(STUDIES), multiple=True, help="Only these; may be repeated.")
+@click.option(
+    "--study",
+    type=click.Choice([*STUDIES, ON_REQUEST]),
+    multiple=True,
+    help=f"Only these; may be repeated. [default: all but {ON_REQUEST}]",
+)
 @click.option("--quick", is_flag=True, help="Without the Llama shapes, and without 20 experts.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default="benchmarks/results")
@@ -286,11 +303,15 @@ def main(
                 keep(measure_peers(shape, layer, device))
             if "methods" in studies:
                 keep(measure_methods(shape, layer, device))
+        if ON_REQUEST in studies:
+            for number in numbers:
+                for row in measure_alone(shape, number, device):
+                    keep(row)
         if "memory" in studies:
             if measurable(device):
                 for branch in contenders.OPTIONS:
-                    for row in measure_memory(shape, branch, device):
-                        keep(row)
+                    for measured in measure_memory(shape, branch, device):
+                        keep(measured)
             else:
                 click.echo("peak memory is measured on Linux or on a GPU only: left out")
     click.echo(report(record, device))

@@ -1,6 +1,6 @@
 """Peak memory of one layer's merge beyond its inputs, each in a process of its own.
 
-python -m benchmarks.speed.memory SHAPE EXPERTS BRANCH DEVICE    prints bytes
+python -m benchmarks.speed.memory SHAPE EXPERTS BRANCH DEVICE    prints bytes and seconds
 
 On Linux the kernel's own maximum of the resident set, reset after the inputs are made. The allocator is told to return
 every large block at once, so that blocks freed before cannot serve the merge unseen.
@@ -10,6 +10,8 @@ import gc
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,14 +30,15 @@ def measurable(device: str) -> bool:
     return device == "cuda" or _RESET.exists()
 
 
-def peak_of(shape: Shape, experts: int, branch: str, device: str) -> int:
-    """Bytes, measured in a fresh process."""
+def peak_and_seconds(shape: Shape, experts: int, branch: str, device: str) -> tuple[int, float]:
+    """Bytes, and seconds of the one merge, measured in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.speed.memory", shape.name, str(experts), branch, device]
     settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 17)}
     done = subprocess.run(command, cwd=PROJECT, env=settings, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[2:])} failed:\n{done.stderr[-2000:]}")
-    return int(done.stdout)
+    peak, seconds = done.stdout.split()
+    return int(peak), float(seconds)
 
 
 def documented_bound(shape: Shape, experts: int) -> int:
@@ -43,19 +46,27 @@ def documented_bound(shape: Shape, experts: int) -> int:
     return torch.float32.itemsize * working_numbers(shape.m, shape.n, experts)
 
 
-def _peak(shape: Shape, experts: int, branch: str, device: str) -> int:
+def _peak_and_seconds(shape: Shape, experts: int, branch: str, device: str) -> tuple[int, float]:
     ours(fine_tuned(_WARM_UP, experts, device), branch)()
     merge = ours(fine_tuned(shape, experts, device), branch)
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        merge()
-        return torch.cuda.max_memory_allocated() - before
+        seconds = _seconds(merge, device)
+        return torch.cuda.max_memory_allocated() - before, seconds
     _RESET.write_text("5")
     before = _resident("VmRSS")
+    seconds = _seconds(merge, device)
+    return _resident("VmHWM") - before, seconds
+
+
+def _seconds(merge: Callable[[], object], device: str) -> float:
+    began = time.perf_counter()
     merge()
-    return _resident("VmHWM") - before
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def _resident(field: str) -> int:
@@ -67,4 +78,4 @@ def _resident(field: str) -> int:
 
 
 if __name__ == "__main__":
-    print(_peak(parse_shape(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]))
+    print(*_peak_and_seconds(parse_shape(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]))

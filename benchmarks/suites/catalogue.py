@@ -4,6 +4,8 @@
 `--reuse` of a built `digits` or `decoder`.
 """
 
+from dataclasses import replace
+
 from .recipe import Expert, Suite
 
 
@@ -75,6 +77,10 @@ DECODER_THREE = Suite(
     name="decoder-three", kind="decoder", experts=tuple(map(decoder, ("records", "backwards", "sums")))
 )
 DECODER_BF16 = Suite(name="decoder-bf16", kind="decoder", experts=DECODER.experts, dtype="bfloat16")
+GENTLE = 0.3
+"""Brings the updates of `digits` and `decoder` to 3 to 7 percent of the base's norm, all else being the same."""
+DIGITS_GENTLE = replace(DIGITS, name="digits-gentle", update_scale=GENTLE)
+DECODER_GENTLE = replace(DECODER, name="decoder-gentle", update_scale=GENTLE)
 DECODER_UNEVEN = Suite(
     name="decoder-uneven",
     kind="decoder",
@@ -115,12 +121,14 @@ SUITES = {
     suite.name: suite
     for suite in (
         DIGITS,
+        DIGITS_GENTLE,
         DIGITS_TWO,
         DIGITS_UNEVEN,
         DIGITS_LORA,
         DIGITS_LORA_SMALL,
         DIGITS_FROZEN,
         DECODER,
+        DECODER_GENTLE,
         DECODER_THREE,
         DECODER_BF16,
         DECODER_UNEVEN,

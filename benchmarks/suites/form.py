@@ -44,11 +44,17 @@ def build(kind: Kind, suite: Suite, root: Path, reuse: Path | None = None) -> No
     """Write `root/base`, `root/<task>`, `root/heads` and `root/suite.json`.
 
     `reuse` is a float32 suite built before: its base, and its experts of the same recipe, are copied and not trained.
+
+    Raises:
+        ValueError: the updates in `reuse` are scaled, so that they are not what its experts' recipes say.
     """
     (root / HEADS).mkdir(parents=True, exist_ok=True)
     base = load(reuse / "base") if reuse else kind.pretrained(suite)
     save(base, root / "base", suite.dtype)
-    ready = json.loads((reuse / "suite.json").read_text(encoding="utf-8"))["recipe"]["experts"] if reuse else []
+    built = json.loads((reuse / "suite.json").read_text(encoding="utf-8"))["recipe"] if reuse else {}
+    if built.get("update_scale", 1.0) != 1.0:
+        raise ValueError(f"--reuse must be a suite of unscaled updates; got {reuse}")
+    ready = built.get("experts", [])
     for expert in suite.experts:
         if reuse and json.loads(json.dumps(asdict(expert))) in ready:
             model = load(reuse / expert.task)
@@ -56,8 +62,19 @@ def build(kind: Kind, suite: Suite, root: Path, reuse: Path | None = None) -> No
                 shutil.copy(head, root / HEADS)
         else:
             model = kind.fine_tuned(suite, base, expert, root)
+        scale_update_(model, base, suite.update_scale)
         save(model, root / expert.task, suite.dtype)
     write_facts(kind, suite, root)
+
+
+def scale_update_(model: PreTrainedModel, base: PreTrainedModel, scale: float) -> None:
+    """`base + scale * (model - base)`, in place; a scale of 1 leaves every bit."""
+    if scale == 1.0:
+        return
+    with torch.no_grad():
+        for tensor, origin in zip(model.state_dict().values(), base.state_dict().values(), strict=True):
+            if tensor.is_floating_point():
+                tensor.sub_(origin).mul_(scale).add_(origin)
 
 
 def write_facts(kind: Kind, suite: Suite, root: Path) -> None:

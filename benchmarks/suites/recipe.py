@@ -24,13 +24,17 @@ class Expert:
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """A named set of experts of one kind: `digits`, `decoder`, `encoder`. A base of ours is pre-trained from `seed`."""
+    """A named set of experts of one kind: `digits`, `decoder`, `encoder`. A base of ours is pre-trained from `seed`.
+
+    `update_scale` multiplies what every expert learned: base + scale * (expert - base).
+    """
 
     name: str
     kind: str
     experts: tuple[Expert, ...]
     dtype: str = "float32"
     seed: int = 0
+    update_scale: float = 1.0
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -121,7 +121,8 @@ def test_the_targets_are_taken_from_the_right_rows() -> None:
 @pytest.mark.skipif(not memory.measurable("cpu"), reason="peaks of a process can be reset on Linux only")
 def test_peak_memory_is_at_least_the_result_and_far_below_a_copy_of_all_experts() -> None:
     shape = Shape(model="other", m=512, n=384)
-    peak = memory.peak_of(shape, 24, "homogeneous", "cpu")
+    peak, seconds = memory.peak_and_seconds(shape, 24, "homogeneous", "cpu")
+    assert seconds > 0
     result = 4 * shape.m * shape.n
     assert 2 * result < peak < 24 * result
 
@@ -162,6 +163,16 @@ def test_the_solver_benchmark_keeps_and_replaces_rows(tmp_path: Path) -> None:
     CliRunner().invoke(solver.main, again, catch_exceptions=False)
     CliRunner().invoke(solver.main, again, catch_exceptions=False)
     assert len(Record.load(tmp_path / "solver.json").timings) == len(studies) + 2
+
+
+@pytest.mark.skipif(not memory.measurable("cpu"), reason="peaks of a process can be reset on Linux only")
+def test_a_layer_alone_has_its_time_and_its_memory(tmp_path: Path) -> None:
+    options = ["--shapes", "48x32", "--experts", "2", "--study", "alone", "--results", str(tmp_path)]
+    CliRunner().invoke(solver.main, options, catch_exceptions=False)
+    record = Record.load(tmp_path / "solver.json")
+    assert [(row.study, row.experts) for row in record.timings] == [("alone", 2)]
+    assert record.timings[0].best("default") > 0
+    assert [(row.study, row.m, row.n) for row in record.memory] == [("default", 48, 32)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

@@ -86,6 +86,21 @@ def test_reuse_copies_what_has_the_same_recipe(llama: Path, tmp_path: Path, monk
             assert torch.equal(tensor, exact[name].bfloat16())
 
 
+def test_scaled_updates_are_the_same_updates_smaller(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten(monkeypatch)
+    monkeypatch.setattr(Decoder, "fine_tuned", None)
+    suite = Suite(name="fifth", kind="decoder", experts=LLAMA.experts, update_scale=0.2)
+    build(Decoder(), suite, tmp_path, llama)
+    for task in LLAMA.tasks:
+        whole = changes(llama, task)
+        for name, delta in changes(tmp_path, task).items():
+            torch.testing.assert_close(delta, 0.2 * whole[name], rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match="unscaled"):
+        build(Decoder(), LLAMA, tmp_path / "again", tmp_path)
+
+
 def test_training_repeats_bit_for_bit(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shorten(monkeypatch)
     build(Decoder(), Suite(name="again", kind="decoder", experts=LLAMA.experts[:1]), tmp_path)

@@ -7,8 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
-# Fewer columns than this a block and the products become too thin for the matrix kernels to run at speed.
-_SMALLEST_BLOCK = 192
+# Fewer columns than this a block and the products become too thin for the matrix kernels: on two threads 192 were slower.
+_SMALLEST_BLOCK = 256
 _MOST_BLOCKS = 8
 
 

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-# Fewer columns than this a block and the products become too thin for the matrix kernels: on two threads 192 were slower.
+# With fewer columns a block the products are too thin for the matrix kernels: 192 were slower on two threads.
 _SMALLEST_BLOCK = 256
 _MOST_BLOCKS = 8
 

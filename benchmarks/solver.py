@@ -131,7 +131,7 @@ def measure_alone(shape: Shape, experts: int, device: str) -> tuple[Timing, Memo
         m=shape.m,
         n=shape.n,
         experts=experts,
-        seconds={"default": [round(seconds, 2)]},
+        seconds={"default": [round(seconds, 5)]},
     )
     return row, memory(shape, experts, "default", peak)
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from mergekit_ace.report.model import ExpertReport, Report
 from mergekit_ace.report.naming import short_names
-from mergekit_ace.report.plots.look import INK, MARKERS, clip, colour, new_axes, whole_numbers
+from mergekit_ace.report.plots.look import INK, MARKERS, clip, colour_of, new_axes, whole_numbers
 from mergekit_ace.report.summary import compared_layers
 
 
@@ -47,7 +47,7 @@ def _by_depth(
         return None
     short = short_names(report.experts)
     labels = [clip(short[name]) for name in report.experts]
-    colours = [colour(index) for index in range(len(labels))]
+    colours = [colour_of(index) for index in range(len(labels))]
     figure, axes = new_axes(3.3)
     if stacked:
         base = [0.0] * len(depths)

@@ -14,7 +14,7 @@ from mergekit_ace.report.plots.look import (
     MARKERS,
     MOST_ENTRIES,
     clip,
-    colour,
+    colour_of,
     logarithmic,
     new_axes,
     whole_numbers,
@@ -24,9 +24,7 @@ from mergekit_ace.report.summary import compared_layers, gate_statistic
 
 def heterogeneity_by_depth(report: Report) -> Figure | None:
     """The gate's statistic of every gated layer by its depth, one mark a layer type, with the threshold."""
-    layers = [
-        layer for layer in compared_layers(report) if layer.depth is not None and gate_statistic(layer) is not None
-    ]
+    layers = [layer for layer in _gated_layers(report) if layer.depth is not None]
     if not layers:
         return None
     figure, axes = new_axes(3.8)
@@ -37,7 +35,7 @@ def heterogeneity_by_depth(report: Report) -> Figure | None:
             [layer.depth or 0 for layer in some],
             [gate_statistic(layer) or 0.0 for layer in some],
             MARKERS[index % len(MARKERS)],
-            color=colour(index),
+            color=colour_of(index),
             markersize=5,
             alpha=0.85,
             label=clip(kind) if index < MOST_ENTRIES else None,
@@ -60,7 +58,7 @@ def heterogeneity_by_kind(report: Report) -> Figure | None:
     figure, axes = new_axes(1.2 + 0.32 * len(kinds))
     for index, kind in enumerate(kinds):
         values = sorted(gate_statistic(layer) or 0.0 for layer in layers if layer.kind == kind)
-        axes.plot(values, [index] * len(values), "o", color=colour(index), markersize=5, alpha=0.6)
+        axes.plot(values, [index] * len(values), "o", color=colour_of(index), markersize=5, alpha=0.6)
         axes.plot([values[len(values) // 2]], [index], "|", color=INK, markersize=15, markeredgewidth=1.8)
     axes.set_yticks(range(len(kinds)), [clip(kind) for kind in kinds])
     axes.invert_yaxis()

@@ -76,7 +76,7 @@ def whole_numbers(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def colour(index: int) -> str:
+def colour_of(index: int) -> str:
     """Of one expert or layer type, the same in every figure of a report."""
     return _COLOURS[index] if index < len(_COLOURS) else f"C{index % 10}"
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from mergekit_ace.report.model import LayerReport, Report, Spectrum
 from mergekit_ace.report.naming import short_names
-from mergekit_ace.report.plots.look import INK, WIDTH, clip, colour, logarithmic
+from mergekit_ace.report.plots.look import INK, WIDTH, clip, colour_of, logarithmic
 from mergekit_ace.report.summary import badness
 
 
@@ -27,7 +27,7 @@ def spectra(layers: Sequence[LayerReport], experts: Sequence[str]) -> Figure | N
     for panel in panels.flat[len(layers) :]:
         panel.remove()
     for axes, layer in zip(panels.flat, layers, strict=False):
-        _spectrum(axes, layer, {name: (clip(short[name]), colour(i)) for i, name in enumerate(experts)})
+        _spectrum(axes, layer, {name: (clip(short[name]), colour_of(i)) for i, name in enumerate(experts)})
     known = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }

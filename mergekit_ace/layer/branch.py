@@ -34,7 +34,7 @@ class Branch:
 
 
 def choose_branch(task_vectors: TaskVectors, options: CovarianceOptions) -> Branch:
-    """Gate the layer (ACE, arXiv:2603.02945, Sec. 3.4), from norms alone but for the rank.
+    """Gate the layer (ACE, arXiv:2603.02945, Eqs. 8-10 and 15-19), from norms alone but for the rank.
 
     Args:
         task_vectors: of at least one expert.

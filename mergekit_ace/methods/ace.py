@@ -93,8 +93,8 @@ class Ace(LayerwiseMethod):
             bool | Literal["auto"] | Preset,
             default="preset",
             requirement="true, false or 'auto'",
-            description="keep the merge as near to the base as the sum of its independent updates would be; 'auto': "
-            "adapters alone, nearer",
+            description="no farther from the base than the sum of independent updates would be; 'auto': than twice the "
+            "sum of their norms. Adapters are held nearer by both",
         ),
     )
 

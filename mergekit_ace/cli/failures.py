@@ -13,8 +13,8 @@ from types import FrameType
 
 import click
 
+from mergekit_ace.printable import printable
 from mergekit_ace.recipe.failures import message_of
-from mergekit_ace.report.wording import printable
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -28,6 +28,7 @@ from mergekit_ace.methods.advice import OnceEach, causes
 from mergekit_ace.methods.matrices import Matrix, inputs_last, matrices, weighted_experts
 from mergekit_ace.methods.parameters import LAMBDA, RecipeParameter, common_parameters
 from mergekit_ace.policy import Choice, Treatment, is_embedding, treatment
+from mergekit_ace.printable import printable
 
 LOG = logging.getLogger("mergekit_ace")
 
@@ -84,7 +85,7 @@ class LayerwiseMethod(GroupMergeMethod):
             FactorizationError: a system that no jitter makes positive definite.
             torch.OutOfMemoryError: with the tensor's name and what to set.
         """
-        name = group.metadata.name or "the tensor"
+        name = printable(group.metadata.name or "the tensor")
         assert group.base is not None  # the contract requires one
         base = group.base.tensor
         experts = weighted_experts(group, parameters)

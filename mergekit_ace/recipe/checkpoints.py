@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from mergekit.common import ModelReference
@@ -109,6 +110,12 @@ def _check_folder(folder: Path) -> Iterator[Finding]:
         )
     try:
         read_headers(ShardedTensorIndex.from_disk(str(folder)))
+    except UnpicklingError:
+        yield Finding(
+            level="error",
+            what=f"{folder} must hold whole pickles of tensors; one is damaged or holds more, which was not run",
+            remedy="Take the model as safetensors, from somebody whom you trust.",
+        )
     except READING as error:
         yield Finding(
             level="error",

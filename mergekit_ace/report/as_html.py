@@ -14,13 +14,14 @@ from string import Template
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from mergekit_ace.printable import printable
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.report.advice import advise
 from mergekit_ace.report.model import Branch, LayerReport, Report
 from mergekit_ace.report.naming import short_names
 from mergekit_ace.report.plots import FIGURES, figures, layers_to_show, spectra, style
 from mergekit_ace.report.summary import Summary, summarize
-from mergekit_ace.report.wording import BRANCH_MEANING, number, percent, printable
+from mergekit_ace.report.wording import BRANCH_MEANING, number, percent
 
 _MOST_SPECTRA = 8
 _CAPTIONS: Mapping[str, str] = {

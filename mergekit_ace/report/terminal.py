@@ -8,12 +8,13 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mergekit_ace.printable import printable
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.report.advice import advise
 from mergekit_ace.report.model import LayerReport, Report
 from mergekit_ace.report.naming import from_layer, short_names
 from mergekit_ace.report.summary import Summary, gate_statistic, mean_loss, summarize
-from mergekit_ace.report.wording import BRANCH_MEANING, number, percent, printable
+from mergekit_ace.report.wording import BRANCH_MEANING, number, percent
 
 _COLOURS = {"error": "bold red", "warning": "yellow", "hint": "cyan"}
 

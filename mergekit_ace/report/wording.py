@@ -36,8 +36,3 @@ def number(value: float) -> str:
 def percent(share: float) -> str:
     """A share in whole percent."""
     return f"{share:.0%}"
-
-
-def printable(text: str) -> str:
-    """The text with control characters spelled out: names come from checkpoints and must not steer a terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -7,7 +7,7 @@ import click
 import pytest
 
 from mergekit_ace.cli.failures import describe, reported
-from mergekit_ace.report.wording import printable
+from mergekit_ace.printable import printable
 
 
 @pytest.mark.parametrize(

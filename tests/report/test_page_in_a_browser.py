@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from mergekit_ace.printable import printable
 from mergekit_ace.report.as_html import write_html
-from mergekit_ace.report.wording import printable
 from tests.report.browser import Page, browser
 from tests.report.made_up import HOSTILE, made_up_report
 

@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from mergekit_ace.printable import printable
 from mergekit_ace.report import model
 from mergekit_ace.report.as_csv import to_csv
 from mergekit_ace.report.as_html import to_html
 from mergekit_ace.report.as_json import from_json, json_schema, read_json, to_json, write_json
 from mergekit_ace.report.as_png import write_png
 from mergekit_ace.report.terminal import print_summary
-from mergekit_ace.report.wording import printable
 from tests.report.made_up import EXPERTS, HOSTILE, made_up_report
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "report-schema.md"

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from mergekit_ace.report.wording import printable
+from mergekit_ace.printable import printable
 
 # Okabe and Ito's colours, told apart with any colour vision; then matplotlib's own for more experts than that.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#882255")

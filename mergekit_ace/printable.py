@@ -1,0 +1,8 @@
+"""Text that comes from checkpoints, fit to be shown."""
+
+from __future__ import annotations
+
+
+def printable(text: str) -> str:
+    """The text with control characters spelled out: names come from checkpoints and must not steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from mergekit_ace.layer.task_vectors import TaskVectors
-from mergekit_ace.linalg.precision import require_full_float32
 from mergekit_ace.linalg.subspace import singular_triples
 
 
@@ -25,11 +24,7 @@ def merge_centered_low_rank(task_vectors: TaskVectors, *, rank_fraction: float, 
 
     Returns:
         `[m, n]`, working dtype.
-
-    Raises:
-        RuntimeError: the process runs float32 products in reduced precision.
     """
-    require_full_float32()
     average = task_vectors.sum().div_(len(task_vectors))
     if rank_fraction == 0:
         return average

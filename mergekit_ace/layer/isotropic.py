@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mergekit_ace.layer.task_vectors import TaskVectors
-from mergekit_ace.linalg.precision import require_full_float32
 from mergekit_ace.linalg.subspace import dominant_subspace, polar_factor, rounding_floor, singular_triples
 
 
@@ -51,11 +50,7 @@ def merge_isotropic_subspaces(task_vectors: TaskVectors, *, common_fraction: flo
 
     Returns:
         `[m, n]`, working dtype.
-
-    Raises:
-        RuntimeError: the process runs float32 products in reduced precision.
     """
-    require_full_float32()
     r = min(task_vectors.shape)
     common = int(common_fraction * r)
     specific = (r - common) // len(task_vectors)

@@ -14,7 +14,7 @@ from mergekit_ace.layer.options import CovarianceOptions
 from mergekit_ace.layer.refinement import Refinement, spectral_refinement
 from mergekit_ace.layer.ridge import Regularized, relative_ridge
 from mergekit_ace.layer.task_vectors import TaskVectors
-from mergekit_ace.linalg.precision import require_full_float32, squared_norm
+from mergekit_ace.linalg.precision import squared_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,6 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
 
     Raises:
         FactorizationError: no reasonable jitter makes the system positive definite.
-        RuntimeError: the process runs float32 products in reduced precision.
     """
     if len(task_vectors) == 0:
         return LayerMerge(task_vector=task_vectors.base.new_zeros(task_vectors.shape, dtype=task_vectors.dtype))
@@ -105,7 +104,6 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
     if options.center_second_moment and not any(measured.centered_energy for measured in task_vectors.statistics):
         # All rows of every update are equal: no second moment to weigh the experts by, and centering would lose them.
         return LayerMerge(task_vector=task_vectors.sum().div_(len(task_vectors)))
-    require_full_float32()
     branch = choose_branch(task_vectors, options)
     solution = solve(task_vectors, options, branch)
     if branch.low_rank and solution.correlation is not None and solution.correlation < options.correlation_threshold:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ace.linalg.blocks import blocks
-from mergekit_ace.linalg.precision import squared_norm, working_dtype
+from mergekit_ace.linalg.precision import require_full_float32, squared_norm, working_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +56,11 @@ class TaskVectors:
 
     Raises:
         ValueError: when a tensor holds NaN or infinity, a weight is negative or not finite, or no weight is positive.
+        RuntimeError: the process runs float32 products in reduced precision, and every method takes products of these.
     """
 
     def __init__(self, base: Tensor, experts: Sequence[Expert], *, name: str = "the layer") -> None:
+        require_full_float32()
         self.name = name
         self.base = base
         self.dtype = working_dtype(base.dtype)

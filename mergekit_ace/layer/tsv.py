@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from mergekit_ace.layer.task_vectors import TaskVectors
-from mergekit_ace.linalg.precision import require_full_float32
 from mergekit_ace.linalg.subspace import polar_factor, singular_triples
 
 
@@ -28,11 +27,7 @@ def merge_task_singular_vectors(task_vectors: TaskVectors) -> Tensor:
 
     Returns:
         `[m, n]`, working dtype.
-
-    Raises:
-        RuntimeError: the process runs float32 products in reduced precision.
     """
-    require_full_float32()
     k = max(1, min(task_vectors.shape) // len(task_vectors))
     rounding = task_vectors.rounding
     left, singular_values, right = [], [], []

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mergekit_ace.layer.task_vectors import TaskVectors
-from mergekit_ace.linalg.precision import require_full_float32
 from mergekit_ace.linalg.symmetric import add_gram_upper_, gram, mirror_upper_
 
 
@@ -31,11 +30,7 @@ def descend_interference(task_vectors: TaskVectors, *, steps: int, learning_rate
 
     Returns:
         `[m, n]`, working dtype.
-
-    Raises:
-        RuntimeError: the process runs float32 products in reduced precision.
     """
-    require_full_float32()
     m, n = task_vectors.shape
     new = task_vectors.base.new_zeros
     curvature = new((n, n), dtype=task_vectors.dtype)

@@ -25,9 +25,13 @@ def require_full_float32() -> None:
     to 11. The switch is global to the process, hence checked and never set: another thread may rely on it.
 
     Raises:
-        RuntimeError: when `torch.get_float32_matmul_precision()` is not `highest`.
+        RuntimeError: when `torch.get_float32_matmul_precision()` is not `highest`, or when some backend's own
+            `fp32_precision` was lowered, which that cannot put into a word.
     """
-    precision = torch.get_float32_matmul_precision()
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        precision = "a lower fp32_precision of one of torch.backends"
     if precision != "highest":
         raise RuntimeError(
             f"float32 matrix products must run in full precision to merge by covariance; got {precision!r}. "

@@ -82,6 +82,7 @@ class LayerwiseMethod(GroupMergeMethod):
 
         Raises:
             ValueError: NaN or infinity in a tensor, or weights that leave no expert.
+            RuntimeError: the process runs float32 products in reduced precision.
             FactorizationError: a system that no jitter makes positive definite.
             torch.OutOfMemoryError: with the tensor's name and what to set.
         """

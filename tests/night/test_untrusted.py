@@ -58,17 +58,19 @@ def by_pytorch(suite: Suite, out: Path) -> object:
     return mergekit_pytorch({**recipe, "base_model": base, "models": experts}, out)
 
 
+def run(arguments: list[str]) -> None:
+    result = CliRunner().invoke(main, arguments)
+    if result.exit_code:
+        raise RuntimeError(result.output)
+
+
 def by_us(*command: str) -> Merge:
-    def run(suite: Suite, out: Path) -> object:
+    def merge(suite: Suite, out: Path) -> None:
         recipe = out.with_suffix(".yml")
         recipe.write_text(yaml.safe_dump(recipe_for(suite)))
-        arguments = [part.format(recipe=recipe, out=out) for part in command]
-        result = CliRunner().invoke(main, arguments)
-        if result.exit_code:
-            raise RuntimeError(result.output)
-        return result
+        run([part.format(recipe=recipe, out=out) for part in command])
 
-    return run
+    return merge
 
 
 # Ours say it in words of their own; mergekit passes on torch's.
@@ -127,6 +129,20 @@ def test_no_code_beside_the_weights_is_run(command: str, tmp_path: Path) -> None
         file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": classes}))
         (checkpoint.path / "code.py").write_text(f"import os; os.mkdir({str(made)!r})")
     COMMANDS[command](suite, tmp_path / "out")
+    assert not made.exists()
+
+
+@pytest.mark.parametrize("command", ["check", "inspect", "merge", "mergekit-yaml"])
+def test_no_code_in_a_recipe_is_run(command: str, tmp_path: Path) -> None:
+    made, out = tmp_path / "made-by-the-recipe", tmp_path / "out"
+    text = f"merge_method: ace\nmodels: !!python/object/apply:os.mkdir ['{made}']\n"
+    recipe = tmp_path / "recipe.yml"
+    recipe.write_text(text)
+    with pytest.raises((RuntimeError, yaml.YAMLError), match="could not determine a constructor"):
+        if command == "mergekit-yaml":
+            mergekit_yaml(text, out)
+        else:
+            run([command, str(recipe), *([str(out)] if command == "merge" else [])])
     assert not made.exists()
 
 

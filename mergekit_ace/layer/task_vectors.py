@@ -65,7 +65,8 @@ class TaskVectors:
         self.base = base
         self.dtype = working_dtype(base.dtype)
         candidates = voting_experts(experts, name=name)
-        statistics, mean_energy = _measure(base, candidates, self.dtype, name)
+        heaviest = max(expert.weight for expert in candidates)
+        statistics, summed_energy = _measure(base, candidates, heaviest, self.dtype, name)
         noise = _storage_noise(base, self.dtype) if any(measured.energy > 0 for measured in statistics) else 0.0
         informative = [pair for pair in zip(candidates, statistics, strict=True) if pair[1].energy > noise]
         self.left_out = tuple(expert.name for expert in experts if not any(expert is kept for kept, _ in informative))
@@ -73,8 +74,7 @@ class TaskVectors:
         self.statistics = tuple(measured for _, measured in informative)
         weights = math.fsum(expert.weight for expert in self.experts)
         self.shares = tuple(len(self.experts) * expert.weight / weights for expert in self.experts)
-        all_weights = math.fsum(expert.weight for expert in candidates)
-        self.energy_of_mean = mean_energy * (all_weights / weights) ** 2 if self.experts else 0.0
+        self.energy_of_mean = summed_energy * (heaviest / weights) ** 2 if self.experts else 0.0
         """`||sum_t a_t D_t / T||_F^2`, the squared length of the mean update."""
 
     def __len__(self) -> int:
@@ -195,24 +195,26 @@ _EQUAL_ROWS = 1e-12
 
 
 def _measure(
-    base: Tensor, experts: Sequence[Expert], dtype: torch.dtype, name: str
+    base: Tensor, experts: Sequence[Expert], heaviest: float, dtype: torch.dtype, name: str
 ) -> tuple[list[UpdateStatistics], float]:
-    """What each expert's update says, and the squared length of their weighted mean, in one pass and no buffer."""
+    """What each expert's update says, and `||sum_t w_t D_t / heaviest||_F^2`, in one pass and no buffer.
+
+    Not divided by the sum of the weights: experts without information would change its rounding.
+    """
     m, n = base.shape
-    weights = math.fsum(expert.weight for expert in experts)
     squares = base.new_zeros(len(experts), dtype=torch.float64)
     row_sums = base.new_zeros((len(experts), n), dtype=torch.float64)
-    mean_square = base.new_zeros((), dtype=torch.float64)
+    summed_square = base.new_zeros((), dtype=torch.float64)
     for ours, *theirs in zip(blocks(base), *(blocks(expert.tensor) for expert in experts), strict=True):
         together = torch.zeros_like(ours, dtype=dtype)
         for t, (expert, tensor) in enumerate(zip(experts, theirs, strict=True)):
             update = difference(tensor, ours, dtype)
-            together.add_(update, alpha=expert.weight / weights)
+            together.add_(update, alpha=expert.weight / heaviest)
             precise = update.double()
             squares[t] += torch.dot(precise.flatten(), precise.flatten())
             row_sums[t] += precise.sum(dim=0)
         precise = together.double()
-        mean_square += torch.dot(precise.flatten(), precise.flatten())
+        summed_square += torch.dot(precise.flatten(), precise.flatten())
     statistics = []
     of_means = row_sums.square().sum(dim=1) / max(1, m)
     for expert, energy, of_mean in zip(experts, squares.tolist(), of_means.tolist(), strict=True):
@@ -221,7 +223,7 @@ def _measure(
         statistics.append(
             UpdateStatistics(energy=energy, centered_energy=centered if centered > _EQUAL_ROWS * energy else 0.0)
         )
-    return statistics, float(mean_square)
+    return statistics, float(summed_square)
 
 
 def require_finite_base(base: Tensor, *, name: str) -> None:

@@ -9,7 +9,7 @@ import torch
 import transformers
 import yaml
 
-from tests.checkpoints import make_suite, read_tensors
+from tests.checkpoints import Storage, make_suite, read_tensors
 from tests.commands import mergekit_yaml
 from tests.end_to_end.comparison import assert_suite_merged, recipe_for, reference_for
 from tests.reference import AceOptions
@@ -81,11 +81,23 @@ def test_conv1d_by_filter(tmp_path: Path) -> None:
     assert_suite_merged(merged, suite, recipe, torch.float64)
 
 
-@pytest.mark.parametrize("storage", ["sharded", "pickle", "sharded pickle"])
-def test_storage(storage: str, tmp_path: Path) -> None:
-    suite = make_suite("llama", tmp_path, storage=storage)  # type: ignore[arg-type]
-    flags = ["--lazy-unpickle"] if storage.endswith("pickle") else ["--out-shard-size", "10K"]
+LAZILY = pytest.param(
+    ("--lazy-unpickle",),
+    marks=pytest.mark.xfail(sys.version_info >= (3, 13), reason="mergekit 0.1.5 cannot (README, Limits)", strict=True),
+)
+
+
+@pytest.mark.parametrize("flags", [("--out-shard-size", "10K"), LAZILY], ids=lambda flags: flags[0])
+@pytest.mark.parametrize("storage", ["pickle", "sharded pickle"])
+def test_pickles(storage: Storage, flags: tuple[str, ...], tmp_path: Path) -> None:
+    suite = make_suite("llama", tmp_path, storage=storage)
     out = mergekit_yaml(recipe_for(suite), tmp_path / "out", *flags)
+    assert_suite_merged(read_tensors(out), suite, reference_for(suite.family))
+
+
+def test_shards(tmp_path: Path) -> None:
+    suite = make_suite("llama", tmp_path, storage="sharded")
+    out = mergekit_yaml(recipe_for(suite), tmp_path / "out", "--out-shard-size", "10K")
     assert_suite_merged(read_tensors(out), suite, reference_for(suite.family))
 
 

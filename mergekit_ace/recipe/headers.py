@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from mergekit.io import ShardedTensorIndex
 from safetensors import safe_open
+
+from mergekit_ace.recipe.failures import message_of
 
 _DTYPES = {
     "F64": torch.float64,
@@ -51,7 +52,6 @@ def read_headers(index: ShardedTensorIndex) -> Mapping[str, TensorHeader]:
 
     Raises:
         OSError, SafetensorError, RuntimeError: a shard is missing, truncated or not a checkpoint; the message names it.
-        UnpicklingError: a pickle that is damaged or holds more than tensors.
     """
     headers: dict[str, TensorHeader] = {}
     for shard in index.shards:
@@ -77,9 +77,9 @@ def _safetensors(path: Path) -> dict[str, TensorHeader]:
 def _pickle(path: Path) -> dict[str, TensorHeader]:
     try:
         tensors = torch.load(path, map_location="meta", weights_only=True)
-    except (FileNotFoundError, UnpicklingError):
+    except FileNotFoundError:
         raise
-    except Exception as error:  # zip and torch each have their own
-        raise RuntimeError(f"{path} must be a whole PyTorch checkpoint; {error}") from error
+    except Exception as error:  # zip, pickle and torch each have their own
+        raise RuntimeError(f"{path} must be a whole PyTorch checkpoint; {message_of(error)}") from error
     tensors = tensors.get("state_dict", tensors)
     return {name: TensorHeader(shape=tuple(tensor.shape), dtype=tensor.dtype) for name, tensor in tensors.items()}

@@ -94,6 +94,17 @@ def test_an_expert_without_information_changes_nothing(case: Case) -> None:
 
 
 @EVERY
+def test_reduced_precision_of_products_is_refused(case: Case) -> None:
+    base, experts = drawn(3, 6, 5)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(RuntimeError, match="full precision"):
+            case.merge(base, experts)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@EVERY
 @FLOATS
 def test_what_is_not_finite_is_named_with_its_tensor(case: Case, value: float) -> None:
     base, experts = drawn(2, 6, 4)

@@ -4,12 +4,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from mergekit.merge_methods import merge_tensors
 
-import mergekit_ace
 from mergekit_ace.linalg.precision import require_full_float32
-
-mergekit_ace.register()
 
 
 def lower_cuda() -> None:
@@ -46,12 +42,3 @@ def test_a_lower_precision_is_refused_and_the_remedy_helps(how: str) -> None:
         require_full_float32()
     torch.set_float32_matmul_precision("highest")
     require_full_float32()
-
-
-@pytest.mark.parametrize("method", ["ace", "actmat", "wudi", "tsv_m", "iso_c", "iso_cts", "cart"])
-def test_every_method_refuses_it(method: str) -> None:
-    generator = torch.Generator().manual_seed(0)
-    base, *experts = (torch.randn(6, 5, generator=generator) for _ in range(3))
-    torch.set_float32_matmul_precision("high")
-    with pytest.raises(RuntimeError, match="full precision"):
-        merge_tensors([base, *experts], method, base_index=0)

@@ -92,8 +92,6 @@ COMMANDS = {
     "inspect": by_us("inspect", "{recipe}"),
     "inspect --lazy-unpickle": by_us("inspect", "{recipe}", "--lazy-unpickle"),
 }
-
-
 WRITERS = {"zip": write_zip, "legacy": write_legacy, "plain pickle": write_plain}
 
 
@@ -110,6 +108,16 @@ def test_no_code_in_a_pickle_is_run(command: str, where: str, form: str, tmp_pat
         COMMANDS[command](suite, tmp_path / "out")
     assert not made.exists()
     assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+def test_check_names_the_shard_that_holds_code(tmp_path: Path) -> None:
+    suite = make_suite("llama", tmp_path, experts=1, storage="sharded pickle")
+    made = tmp_path / "made-by-the-checkpoint"
+    shard = suite.experts[0].path / "pytorch_model-00002-of-00002.bin"
+    write_zip({**torch.load(shard, weights_only=True), "code": Code(made)}, shard)
+    with pytest.raises(RuntimeError, match=re.escape(f"{shard} must be") + ".*nothing in it was run"):
+        COMMANDS["check"](suite, tmp_path / "out")
+    assert not made.exists()
 
 
 def test_it_would_be_run_where_it_is_trusted(tmp_path: Path) -> None:

@@ -5,31 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from mergekit.options import MergeOptions, add_merge_options
+from rich.console import Console
+from rich.filesize import decimal
 
-from mergekit_ace.cli.extras import require
+from mergekit_ace.cli.help import Command
 from mergekit_ace.recipe.check import Examination, check_recipe
-from mergekit_ace.recipe.cost import gigabytes
+
+_EXIT_STATUSES = {0: "no errors", 1: "errors (with --strict, warnings too)", 2: "the command line is wrong"}
 
 
-@click.command("check", cls=PrettyPrintHelp)
+@click.command("check", cls=Command, exit_statuses=_EXIT_STATUSES)
 @click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--strict", is_flag=True, help="End with status 1 for warnings too")
 @add_merge_options
 def check(merge_options: MergeOptions, config_file: Path, strict: bool) -> None:
-    r"""Find what mergekit would pass over in silence in the recipe CONFIG_FILE; takes the options of mergekit-yaml.
+    """Find what mergekit would pass over in silence in the recipe CONFIG_FILE; takes the options of mergekit-yaml.
 
     Unknown keys and parameters, filters that match nothing, files that are missing or cut short, experts that are the
     base itself or not its fine-tunes, tokenizers that differ, settings that cost quality. And what the merge will take
     on this machine.
-
-    \b
-    Exit status:
-      0  no errors
-      1  errors (with --strict, warnings too)
-      2  the command line is wrong
     """
-    require("rich")
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     examination = check_recipe(config_file, merge_options)
     _show(examination)
@@ -38,16 +34,14 @@ def check(merge_options: MergeOptions, config_file: Path, strict: bool) -> None:
 
 
 def _show(examination: Examination) -> None:
-    from rich.console import Console
-
     from mergekit_ace.report.terminal import print_findings
 
     print_findings(examination.findings, Console(highlight=False))
     click.echo(f"{_count(examination.errors, 'error')}, {_count(examination.warnings, 'warning')}")
     cost = examination.cost
     if cost is not None:
-        click.echo(f"reads {gigabytes(cost.read)}, writes {gigabytes(cost.written)}")
-        click.echo(f"memory: about {gigabytes(cost.memory)}; on a device about {gigabytes(cost.workspace)} (estimates)")
+        click.echo(f"reads {decimal(cost.read)}, writes {decimal(cost.written)}")
+        click.echo(f"memory: about {decimal(cost.memory)}; on a device about {decimal(cost.workspace)} (estimates)")
         if cost.seconds is not None:
             click.echo(
                 f"time: about {cost.seconds:.0f} s of arithmetic on this machine, beside reading and writing (estimate)"

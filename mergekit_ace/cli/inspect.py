@@ -7,9 +7,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import click
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from mergekit.options import MergeOptions, add_merge_options
 
-from mergekit_ace.cli.extras import require
+from mergekit_ace.cli.help import Command
 from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.plan import Plan, planned, read_recipe
 from mergekit_ace.report.advice import advise
@@ -19,6 +19,12 @@ from mergekit_ace.report.inspection import assemble, inspect_tensor, work
 from mergekit_ace.report.model import LayerReport, Mode, Report
 
 _INTERRUPTED = 130
+_EXIT_STATUSES = {
+    0: "measured",
+    1: "the merge would fail, or an expert adds nothing; what could be measured is reported",
+    2: "the command line is wrong",
+    _INTERRUPTED: "interrupted",
+}
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -28,7 +34,7 @@ def _in_folder(ctx: click.Context, param: click.Parameter, value: Path | None) -
     return value
 
 
-@click.command("inspect", cls=PrettyPrintHelp)
+@click.command("inspect", cls=Command, exit_statuses=_EXIT_STATUSES)
 @click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--fast", is_flag=True, help="Norms, traces and heterogeneity only: one read of the files")
 @click.option("--json", "json_file", type=_FILE, callback=_in_folder, help="Write everything measured")
@@ -59,19 +65,11 @@ def inspect(
     png_folder: Path | None,
     patterns: Sequence[str],
 ) -> None:
-    r"""Report what the merge of the recipe CONFIG_FILE will do, tensor by tensor; takes the options of mergekit-yaml.
+    """Report what the merge of the recipe CONFIG_FILE will do, tensor by tensor; takes the options of mergekit-yaml.
 
     One tensor of every model is held at a time, and no model is written. Ctrl-C ends it early: what was measured until
     then is shown and written.
-
-    \b
-    Exit status:
-      0    measured
-      1    the merge would fail, or an expert adds nothing; what could be measured is reported
-      2    the command line is wrong
-      130  interrupted
     """
-    require("rich", *(["matplotlib"] if html_file or png_folder else []))
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     try:
         with planned(read_recipe(config_file), merge_options) as plan:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mergekit_ace.output.folder import staged
 from mergekit_ace.output.selection import PlannedTensor
-from mergekit_ace.recipe.headers import TensorHeader, read_headers
+from mergekit_ace.recipe.headers import TensorHeader, find_header, read_headers
 
 Choice = Callable[[Sequence[PlannedTensor]], Sequence[PlannedTensor]]
 
@@ -133,9 +133,9 @@ class _SelectivePlanner(MergePlanner):
         if model not in self._headers:
             self._headers[model] = read_headers(cache.get(model).index)
         headers = self._headers[model]
-        for name in (weight.name, *(weight.aliases or ()), *(weight.tied_names or ())):
-            if name in headers:
-                return _empty(headers[name])
+        header = find_header(headers, weight.name, weight.aliases, weight.tied_names)
+        if header is not None:
+            return _empty(header)
         # Stored in another layout than transformers loads, such as one tensor an expert of a mixture.
         model_type = model.config(trust_remote_code=cache.trust_remote_code).model_type
         sources = {name: functools.partial(_empty, header) for name, header in headers.items()}

@@ -6,6 +6,8 @@ import errno
 import shutil
 from pathlib import Path
 
+from rich.filesize import decimal
+
 
 def require_space(folder: Path, nbytes: int) -> None:
     """Raise unless the file system of a folder, which need not exist yet, has `nbytes` bytes free.
@@ -18,14 +20,5 @@ def require_space(folder: Path, nbytes: int) -> None:
     if nbytes > free:
         raise OSError(
             errno.ENOSPC,
-            f"free disk space must hold the output, about {_readable(nbytes)}; got {_readable(free)} at {existing}",
+            f"free disk space must hold the output, about {decimal(nbytes)}; got {decimal(free)} at {existing}",
         )
-
-
-def _readable(nbytes: int) -> str:
-    size = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from mergekit.common import dtype_from_name
+from rich.filesize import decimal
 
 from mergekit_ace.layer.workload import multiply_adds, working_numbers
 from mergekit_ace.linalg.precision import working_dtype
@@ -84,21 +85,16 @@ def check_cost(cost: Cost) -> Iterator[Finding]:
     if cost.available is not None and cost.memory > cost.available:
         yield Finding(
             level="warning",
-            what=f"the merge needs about {gigabytes(cost.memory)} of memory; {gigabytes(cost.available)} are free",
+            what=f"the merge needs about {decimal(cost.memory)} of memory; {decimal(cost.available)} are free",
             remedy="Lower --out-shard-size: mergekit holds a whole shard before it writes it.",
         )
     if cost.device is not None and cost.workspace > cost.device:
         yield Finding(
             level="warning",
-            what=f"the largest tensor needs about {gigabytes(cost.workspace)} of device memory; "
-            f"{gigabytes(cost.device)} are free",
+            what=f"the largest tensor needs about {decimal(cost.workspace)} of device memory; "
+            f"{decimal(cost.device)} are free",
             remedy="Run it without --cuda, or free the device.",
         )
-
-
-def gigabytes(size: int) -> str:
-    """A number of bytes for people."""
-    return f"{size / 1e9:.2f} GB" if size < 1e10 else f"{size / 1e9:.0f} GB"
 
 
 def _matrix(plan: Plan, tensor: PlannedTensor, shape: tuple[int, ...]) -> tuple[int, int, int] | None:

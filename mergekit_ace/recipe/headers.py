@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,21 @@ class TensorHeader:
     def bytes(self) -> int:
         """Its size on disk."""
         return self.elements * self.dtype.itemsize
+
+
+def find_header(
+    headers: Mapping[str, TensorHeader], name: str, aliases: Sequence[str] | None, tied_names: Sequence[str] | None
+) -> TensorHeader | None:
+    """A tensor's header under the first of its names that a checkpoint has, in the order in which mergekit tries them.
+
+    Args:
+        headers: of one checkpoint.
+        name: the tensor's own.
+        aliases: its other names, as mergekit's architectures list them.
+        tied_names: of the tensors that may stand for it.
+    """
+    names = (name, *(aliases or ()), *(tied_names or ()))
+    return next((headers[known] for known in names if known in headers), None)
 
 
 def read_headers(index: ShardedTensorIndex) -> Mapping[str, TensorHeader]:

@@ -33,7 +33,7 @@ from mergekit.tokenizer import BuildTokenizer
 
 from mergekit_ace import register
 from mergekit_ace.recipe.failures import RecipeError, message_of
-from mergekit_ace.recipe.headers import TensorHeader, read_headers
+from mergekit_ace.recipe.headers import TensorHeader, find_header, read_headers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +115,7 @@ class PlannedTensor:
             OSError, RuntimeError: as `read_headers`.
         """
         source = self._sources[model]
-        headers = self._plan.headers(model)
-        names = (source.tensor, *(source.aliases or ()), *(source.tied_names or ()))
-        return next((headers[name] for name in names if name in headers), None)
+        return find_header(self._plan.headers(model), source.tensor, source.aliases, source.tied_names)
 
     def is_converted(self, model: ModelReference) -> bool:
         """Whether mergekit makes the tensor from others when it reads the checkpoint, so no header knows it."""

@@ -1,7 +1,6 @@
 """`mergekit-ace inspect`, as a person runs it."""
 
 import csv
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,12 +102,3 @@ def test_an_output_that_cannot_be_written_is_told_before_measuring(recipe: Path,
     result = run(recipe, "--json", tmp_path / "nowhere" / "report.json")
     assert result.exit_code == 2
     assert "must exist" in result.output
-
-
-def test_without_the_extra_a_message_says_how_to_get_it(recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    result = run(recipe, "--html", tmp_path / "report.html")
-    assert result.exit_code == 1
-    assert "pip install 'mergekit-ace[report]'" in result.output
-    assert run(recipe, "--fast").exit_code == 0

@@ -10,7 +10,7 @@ from mergekit.options import ShardSizeParamType
 
 from mergekit_ace.cli.failures import reported
 from mergekit_ace.output import joining
-from mergekit_ace.output.folder import staged
+from mergekit_ace.staging import staged
 
 
 @click.command("join")

@@ -11,10 +11,10 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 import mergekit_ace
 from mergekit_ace.cli.failures import reported
 from mergekit_ace.output import engine, parts
-from mergekit_ace.output.folder import staged
 from mergekit_ace.output.selection import Part, PlannedTensor, select
 from mergekit_ace.output.space import require_space
 from mergekit_ace.recipe.plan import read_recipe
+from mergekit_ace.staging import staged
 
 
 def _parse_part(ctx: click.Context, param: click.Parameter, value: str | None) -> Part | None:

@@ -20,9 +20,9 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from torch import Tensor
 
-from mergekit_ace.output.folder import staged
 from mergekit_ace.output.selection import PlannedTensor
 from mergekit_ace.recipe.headers import TensorHeader, find_header, read_headers
+from mergekit_ace.staging import staged
 
 Choice = Callable[[Sequence[PlannedTensor]], Sequence[PlannedTensor]]
 

@@ -12,10 +12,11 @@ from mergekit.common import ModelReference
 from mergekit.io import ShardedTensorIndex
 from mergekit.options import MergeOptions
 
+from mergekit_ace.mergekit_internals import in_recipe_order
 from mergekit_ace.recipe.failures import READING, message_of
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.headers import read_headers
-from mergekit_ace.recipe.plan import Recipe, in_recipe_order
+from mergekit_ace.recipe.plan import Recipe
 
 # Configuration entries that make two models different functions of the same weights, or of none.
 _SHAPES = (

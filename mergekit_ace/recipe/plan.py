@@ -1,7 +1,7 @@
 """A recipe as mergekit plans it: every output tensor with its inputs and resolved parameters.
 
 mergekit's own planner decides what becomes of slices, filters, gradients, tokenizers and adapters, so that what is
-reported is what will be merged. This is the only module that depends on mergekit's internals for it.
+reported is what will be merged.
 """
 
 from __future__ import annotations
@@ -15,25 +15,39 @@ from typing import Any, cast
 
 import torch
 import yaml
-from mergekit.architecture import get_architecture_info
-from mergekit.architecture.conversion import can_convert_checkpoint_keys
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
-from mergekit.graph import Task
-from mergekit.io.tasks import LoaderCache, LoadTensor, SaveTensor
-from mergekit.merge import _model_out_config
+from mergekit.io import LazyTensorLoader
 from mergekit.merge_methods import MergeMethod
 from mergekit.merge_methods.base import ParameterScope, PerInputValues, TensorEntry, TensorGroup, TensorMetadata
-from mergekit.merge_methods.dtype import align_dtype
 from mergekit.merge_methods.registry import get as method_named
-from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
-from mergekit.plan import MergePlanner
-from mergekit.tokenizer import BuildTokenizer
+from torch import Tensor
 
 from mergekit_ace import register
+from mergekit_ace.mergekit_internals import (
+    BuildTokenizer,
+    ExecuteMergeMethodTask,
+    LoaderCache,
+    LoadTensor,
+    MergePlanner,
+    OrderedRecipe,
+    SaveTensor,
+    Task,
+    TokenizerInfo,
+    align_dtype,
+    can_convert_checkpoint_keys,
+    execution_order,
+    get_architecture_info,
+    in_recipe_order,
+    model_out_config,
+    require_known_mergekit,
+)
+from mergekit_ace.recipe.adapter_cache import merged_adapter
 from mergekit_ace.recipe.failures import RecipeError, message_of
 from mergekit_ace.recipe.headers import TensorHeader, find_header, read_headers
+from mergekit_ace.recipe.output_shape import output_header
+from mergekit_ace.recipe.tokenizer import numbered_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +76,7 @@ def read_recipe(path: Path) -> Recipe:
     if not isinstance(document, Mapping):
         raise RecipeError(f"{path} must hold a mapping with merge_method and models; got {type(document).__name__}")
     try:
-        config = MergeConfiguration.model_validate(document)
+        config = OrderedRecipe.model_validate(document)
     except (ValueError, RuntimeError) as error:
         raise RecipeError(f"{path}: mergekit does not accept this recipe; {message_of(error)}") from error
     return Recipe(name=str(path), document=document, config=config)
@@ -86,7 +100,9 @@ class Inputs:
 class PlannedTensor:
     """One tensor of the merged model."""
 
-    def __init__(self, task: ExecuteMergeMethodTask, plan: Plan) -> None:
+    def __init__(self, save: SaveTensor, plan: Plan) -> None:
+        task = cast(ExecuteMergeMethodTask, save.tensor_task)
+        self._save = save
         self._task = task
         self._plan = plan
         self.name: str = task.output_weight.name
@@ -99,6 +115,22 @@ class PlannedTensor:
     @cached_property
     def _sources(self) -> Mapping[ModelReference, LoadTensor]:
         return {task.model: task for task in _descendants(self._task.gather_tensors) if isinstance(task, LoadTensor)}
+
+    @cached_property
+    def output(self) -> TensorHeader | None:
+        """Shape and dtype of the merged tensor, from headers alone; None when no model has it.
+
+        Raises:
+            OSError, RuntimeError: as `read_headers`.
+        """
+        return output_header(self._save, self._plan)
+
+    @cached_property
+    def files(self) -> frozenset[tuple[ModelReference, str]]:
+        """The checkpoint files that are read for it, by model and name."""
+        return frozenset(
+            (model, file) for model, source in self._sources.items() for file in self._plan.files(model, source)
+        )
 
     def input_name(self, model: ModelReference) -> str:
         """The tensor's name in a model: another layer's when slices are stacked."""
@@ -126,6 +158,32 @@ class PlannedTensor:
         """One model's tensor as stored, before any tokenizer's permutation; None if optional and absent."""
         tensor: torch.Tensor | None = self._sources[model].execute()
         return tensor
+
+    def gather(self) -> Mapping[ModelReference, Tensor]:
+        """Read what the models have of it, with vocabularies aligned; may run in a thread of its own (`Plan.reader`).
+
+        Raises:
+            ValueError, RuntimeError, KeyError, OSError, SafetensorError: whatever stops mergekit at this tensor.
+        """
+        tensors: Mapping[ModelReference, Tensor] = self._plan.evaluate(self._task.gather_tensors)
+        return tensors
+
+    def merge(self, tensors: Mapping[ModelReference, Tensor]) -> Tensor | None:
+        """What mergekit saves for the gathered tensors, on the CPU; None for an optional tensor that too few have.
+
+        Raises:
+            ValueError, RuntimeError: as the merge method, and for a tensor that must be there.
+        """
+        if self._task.uses_accelerator():
+            tensors = {model: tensor.to(self._plan.device) for model, tensor in tensors.items()}
+        merged: Tensor | None = self._task.execute(tensors=dict(tensors))
+        if merged is None:
+            if not self.optional:
+                raise RuntimeError(f"{self.name}: every model must have it; no model does")
+            return None
+        dtype = dtype_from_name(self._save.dtype) or merged.dtype
+        # To the CPU before rounding, as mergekit does.
+        return merged.to("cpu").to(dtype).contiguous()
 
     def load(self) -> Inputs | None:
         """Read base and experts, and align vocabularies and dtypes as mergekit does for the merge.
@@ -171,17 +229,15 @@ class Plan:
         self.models: Sequence[ModelReference] = in_recipe_order(config)
         self._loaders = loaders
         self._headers: dict[ModelReference, Mapping[str, TensorHeader]] = {}
-        self._tokenizers: dict[BuildTokenizer, Any] = {}
-        architecture = get_architecture_info(config, options)
-        planner = MergePlanner(
-            config,
-            architecture,
-            options=options,
-            out_model_config=_model_out_config(config, architecture, trust_remote_code=options.trust_remote_code),
-        )
+        self._tokenizers: dict[BuildTokenizer, TokenizerInfo] = {}
+        self.architecture = get_architecture_info(config, options)
+        self.out_config = model_out_config(config, self.architecture, trust_remote_code=options.trust_remote_code)
+        """transformers' configuration of the merged model; its vocabulary is still the base's."""
+        planner = MergePlanner(config, self.architecture, options=options, out_model_config=self.out_config)
         # Nothing is written: the tasks that would write are not run. (`plan_in_memory` fails on a type of its own.)
-        saves = [task for task in planner.plan_to_disk(out_path="") if isinstance(task, SaveTensor)]
-        self.tensors = tuple(PlannedTensor(cast(ExecuteMergeMethodTask, save.tensor_task), self) for save in saves)
+        self._targets = planner.plan_to_disk(out_path="")
+        saves = [task for task in self._targets if isinstance(task, SaveTensor)]
+        self.tensors = tuple(PlannedTensor(save, self) for save in saves)
 
     @property
     def experts(self) -> Sequence[ModelReference]:
@@ -198,14 +254,47 @@ class Plan:
         """`model_type` of a model's configuration."""
         return str(model.config(trust_remote_code=self.options.trust_remote_code).model_type)
 
+    @cached_property
+    def execution_order(self) -> Sequence[PlannedTensor]:
+        """The tensors in the order in which mergekit makes and saves them."""
+        by_name = {tensor.name: tensor for tensor in self.tensors}
+        return [by_name[save.tensor_name] for save in execution_order(self._targets)]
+
+    def files(self, model: ModelReference, source: LoadTensor) -> frozenset[str]:
+        """Names of the checkpoint's files that hold a tensor; all of them for one that mergekit converts."""
+        index = self._loaders.get(model).index
+        names = (source.tensor, *(source.aliases or ()), *(source.tied_names or ()))
+        held = next((index.tensor_paths[name] for name in names if name in index.tensor_paths), None)
+        return frozenset(shard.filename for shard in index.shards) if held is None else frozenset((held,))
+
+    def folder(self, model: ModelReference) -> Path:
+        """Where a model's weights are: its own folder, the hub's cache, or the adapter cache."""
+        return Path(self._loaders.get(model).index.base_path)
+
+    @cached_property
+    def tokenizer(self) -> TokenizerInfo | None:
+        """The tokenizer that the recipe's `tokenizer` makes and every model's numbering in it; None without one."""
+        task = next((target for target in self._targets if isinstance(target, BuildTokenizer)), None)
+        return None if task is None else self._numbered(task)
+
+    def _numbered(self, task: BuildTokenizer) -> TokenizerInfo:
+        if task not in self._tokenizers:
+            self._tokenizers[task] = numbered_tokenizer(task)
+        return self._tokenizers[task]
+
     def evaluate(self, task: Task[Any]) -> Any:
         """Run a task and what it needs. Nothing is kept but the tokenizer, which is the same for every tensor."""
-        if task in self._tokenizers:
-            return self._tokenizers[task]
-        value = task.execute(**{name: self.evaluate(needed) for name, needed in task.arguments().items()})
         if isinstance(task, BuildTokenizer):
-            self._tokenizers[task] = value
-        return value
+            return self._numbered(task)
+        return task.execute(**{name: self.evaluate(needed) for name, needed in task.arguments().items()})
+
+    @contextmanager
+    def reader(self) -> Iterator[None]:
+        """Let the calling thread read checkpoints too, by file handles of its own."""
+        with _loaders(self.options) as loaders:
+            for model in self.models:
+                loaders.loaders[model] = LazyTensorLoader(self._loaders.get(model).index, self.options.lazy_unpickle)
+            yield
 
 
 @contextmanager
@@ -221,36 +310,39 @@ def planned(recipe: Recipe, options: MergeOptions, *, adapters_unmerged: bool = 
     Raises:
         RecipeError: when mergekit cannot plan it.
     """
-    loaders = LoaderCache()
-    loaders.setup(options=options)
-    # The class's dictionary is shared by the whole process and keeps every file open; this one is ours.
-    loaders.loaders = {}
-    try:
+    require_known_mergekit()
+    with _loaders(options) as loaders:
         try:
             for model in recipe.config.referenced_models():
-                if model.lora is not None and adapters_unmerged:
+                if model.lora is not None:
                     plain = ModelReference(model=model.model)
-                    loaders.loaders[model] = plain.lazy_loader(options.transformers_cache, options.lazy_unpickle)
+                    stored = plain if adapters_unmerged else merged_adapter(model, options)
+                    loaders.loaders[model] = stored.lazy_loader(options.transformers_cache, options.lazy_unpickle)
                 loaders.get(model)
             plan = Plan(recipe, options, loaders)
         except Exception as error:  # mergekit, transformers, safetensors and torch each raise their own
             raise RecipeError(f"{recipe.name}: mergekit cannot plan this merge; {message_of(error)}") from error
         yield plan
+
+
+@contextmanager
+def _loaders(options: MergeOptions) -> Iterator[LoaderCache]:
+    """The table of open checkpoints that mergekit keeps for this thread, empty and closed at the end.
+
+    The class's own table is shared by the whole process and keeps every file open.
+    """
+    loaders = LoaderCache()
+    outer = vars(loaders).copy()
+    loaders.setup(options=options)
+    loaders.loaders = {}
+    try:
+        yield loaders
     finally:
-        del loaders.loaders
+        vars(loaders).clear()
+        vars(loaders).update(outer)
 
 
 def _descendants(task: Task[Any]) -> Iterator[Task[Any]]:
     for needed in task.arguments().values():
         yield needed
         yield from _descendants(needed)
-
-
-def in_recipe_order(config: MergeConfiguration) -> list[ModelReference]:
-    """`referenced_models` is a set; people list their experts in an order."""
-    modules = [*(config.modules or {}).values()]
-    slices = [*(config.slices or []), *(part for module in modules for part in module.slices or [])]
-    listed = [*(config.models or []), *(entry for module in modules for entry in module.models or [])]
-    named = [entry.model for entry in listed] + [source.model for part in slices for source in part.sources]
-    bases = [config.base_model] if config.base_model else []
-    return list(dict.fromkeys([*bases, *named]))

@@ -4,6 +4,11 @@ A folder `OUT` is written as `OUT.partial/new/OUT`, beside it, and renamed at th
 `OUT.partial/lock` for as long as it lives; what a run that was killed has left behind is removed by the next one for
 the same target. A folder that is replaced stays whole until its successor is, as `OUT.partial/previous` for the moment
 between the two renames; should a run die in that moment, the next one puts it back.
+
+A merge of hours is made in pieces, and each that is finished leaves a receipt in `OUT.partial/receipts`. While there
+is one, nothing is removed that the next run could go on with.
+
+The lock is `flock` itself: the lock file lies in a folder that goes away with it, which filelock does not allow for.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import shutil
 import socket
 import time
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 LOG = logging.getLogger("mergekit_ace")
@@ -24,6 +30,19 @@ LOG = logging.getLogger("mergekit_ace")
 _OURS = ("config.json", "part.json")
 
 _REMOVAL_ATTEMPTS = 5
+
+
+RECEIPTS = "receipts"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a run writes."""
+
+    folder: Path
+    """What becomes the output folder; it has its name."""
+    receipts: Path
+    """Where finished pieces leave their receipts."""
 
 
 @contextlib.contextmanager
@@ -36,22 +55,44 @@ def staged(target: Path, *, overwrite: bool = False, inputs: Collection[Path] = 
         inputs: Files and folders that the block reads, which the target must not hold.
 
     Raises:
-        FileExistsError: The target is not empty and may not be replaced, or is no folder.
+        FileExistsError: The target is not empty and may not be replaced, or is no folder, or an unfinished merge lies
+            beside it.
         BlockingIOError: Another process is writing to the target.
         ValueError: The target is a mount point, or one of the inputs is the target or lies within.
+    """
+    with staged_in_pieces(target, overwrite=overwrite, inputs=inputs) as stage:
+        yield stage.folder
+
+
+@contextlib.contextmanager
+def staged_in_pieces(
+    target: Path, *, overwrite: bool = False, inputs: Collection[Path] = (), resume: bool | None = None
+) -> Iterator[Stage]:
+    """As `staged`, for a folder that is made in pieces: a block that ends badly keeps those that have a receipt.
+
+    Args:
+        target: As in `staged`.
+        overwrite: As in `staged`.
+        inputs: As in `staged`.
+        resume: What to do with the pieces that an earlier run left: go on with them (True), remove them (False), or
+            raise (None).
+
+    Raises:
+        FileExistsError, BlockingIOError, ValueError: As in `staged`.
     """
     target = target.resolve()
     partial = target.with_name(target.name + ".partial")
     with _locked(partial, target):
-        _recover(partial, target)
+        _recover(partial, target, resume)
         _check(target, overwrite, inputs)
-        new = partial / "new" / target.name
-        new.mkdir(parents=True)
-        yield new
-        _synchronize(new)
+        stage = Stage(folder=partial / "new" / target.name, receipts=partial / RECEIPTS)
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        yield stage
+        _synchronize(stage.folder)
         # Again, for what may have come to be there during a merge of hours.
         _check(target, overwrite, inputs)
-        _publish(new, target, partial / "previous")
+        _publish(stage.folder, target, partial / "previous")
+        _remove(stage.receipts)
 
 
 def _check(target: Path, overwrite: bool, inputs: Collection[Path]) -> None:
@@ -93,7 +134,11 @@ def _locked(partial: Path, target: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        _remove(partial / "new")
+        if (partial / "new" / target.name).exists() and (pieces := _pieces(partial)):
+            LOG.warning("Kept %d finished shards in %s; --resume goes on with them.", pieces, partial)
+        else:
+            _remove(partial / "new")
+            _remove(partial / RECEIPTS)
         # Its predecessor stays in `previous` only if it could not be put back: then it is not ours to remove.
         with contextlib.suppress(OSError):
             lock.unlink()
@@ -124,8 +169,8 @@ def _acquire(lock: Path, target: Path) -> int:
         os.close(descriptor)
 
 
-def _recover(partial: Path, target: Path) -> None:
-    """Undo what a run that was killed has left behind."""
+def _recover(partial: Path, target: Path, resume: bool | None) -> None:
+    """Undo what a run that was killed has left behind, but for what may be gone on with."""
     previous = partial / "previous"
     if previous.exists():
         if target.exists():
@@ -133,9 +178,23 @@ def _recover(partial: Path, target: Path) -> None:
         else:
             LOG.warning("Putting %s back, which a run that was killed had moved aside.", target)
             previous.rename(target)
+    unfinished = (partial / "new" / target.name).exists()
+    if unfinished and (pieces := _pieces(partial)) and resume is not False:
+        if resume is None:
+            raise FileExistsError(
+                f"output folder must not be half made; got {target}, of which an earlier run left {pieces} shards in "
+                f"{partial}. Pass --resume to go on with them, or --no-resume to start over"
+            )
+        return
     if (partial / "new").exists():
         LOG.warning("Removing %s, left behind by a run that was killed.", partial / "new")
         _remove(partial / "new")
+    _remove(partial / RECEIPTS)
+
+
+def _pieces(partial: Path) -> int:
+    """How many finished pieces have a receipt."""
+    return len(list((partial / RECEIPTS).glob("*.json")))
 
 
 def _publish(new: Path, target: Path, previous: Path) -> None:

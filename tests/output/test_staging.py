@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_ace.output.folder import staged
+from mergekit_ace.staging import staged
 
 
 def fill(folder: Path, text: str) -> None:

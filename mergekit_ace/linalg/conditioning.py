@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mergekit_ace.linalg.draws import normal_numbers
+
 _STEPS = 24
 
 
@@ -42,7 +44,7 @@ def _solve(factor: Tensor, x: Tensor) -> Tensor:
 def _largest_ritz_value(apply: Callable[[Tensor], Tensor], like: Tensor, steps: int) -> float:
     n = like.shape[0]
     # A fixed start, so that the same merge reports the same number; random, so that no eigenvector is orthogonal to it.
-    vector = torch.randn(n, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
+    vector = normal_numbers(n, 1, like=like)
     basis = [vector / vector.norm()]
     diagonal: list[float] = []
     beside: list[float] = []
@@ -59,7 +61,7 @@ def _largest_ritz_value(apply: Callable[[Tensor], Tensor], like: Tensor, steps: 
         beside.append(length)
         basis.append(image / length)
     size = len(diagonal)
-    tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    off = torch.tensor(beside[: size - 1], dtype=torch.float64)
+    tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
+    off = torch.tensor(beside[: size - 1], dtype=torch.float64, device="cpu")
     tridiagonal = tridiagonal + torch.diag(off, 1) + torch.diag(off, -1)
     return float(torch.linalg.eigvalsh(tridiagonal)[-1])

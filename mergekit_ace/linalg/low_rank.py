@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mergekit_ace.linalg.draws import normal_numbers
 from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.linalg.symmetric import gram
 
 _OVERSAMPLING = 8
-_SEED = 0
 # Where this share of the energy is missed, it is far from any rounding level: no need to look closer.
 _CLEARLY_FULL_RANK = 1e-4
 
@@ -36,7 +36,7 @@ def orthonormal_factors(matrix: Tensor, *, most: int, tolerance: float) -> tuple
     if _corner_is_full(matrix[: 2 * width], most):
         return None
     total = squared_norm(matrix)
-    probe = torch.randn((n, width), generator=_generator(), dtype=matrix.dtype).to(matrix.device)
+    probe = normal_numbers(n, width, like=matrix)
     basis: Tensor = torch.linalg.qr(matrix @ probe).Q
     rows = basis.mT @ matrix
     if total - squared_norm(rows) > _CLEARLY_FULL_RANK * total:
@@ -66,14 +66,9 @@ def captured_energy(matrix: Tensor, directions: int) -> float:
     total = squared_norm(matrix)
     if total == 0 or directions >= min(matrix.shape):
         return 1.0
-    probe = torch.randn((matrix.shape[1], directions), generator=_generator(), dtype=matrix.dtype).to(matrix.device)
+    probe = normal_numbers(matrix.shape[1], directions, like=matrix)
     basis: Tensor = torch.linalg.qr(matrix @ probe).Q
     return min(1.0, squared_norm(basis.mT @ matrix) / total)
-
-
-def _generator() -> torch.Generator:
-    """On the CPU whatever the device, so that every device draws the same numbers."""
-    return torch.Generator().manual_seed(_SEED)
 
 
 def _corner_is_full(rows: Tensor, most: int) -> bool:

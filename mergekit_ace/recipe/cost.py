@@ -111,7 +111,8 @@ def _matrix(plan: Plan, tensor: PlannedTensor, shape: tuple[int, ...]) -> tuple[
 
 def _speed(device: torch.device) -> tuple[float, float]:
     """Seconds of one float32 multiply-add, and of one float64 eigendecomposition over its size cubed."""
-    left = torch.randn(_PROBE, _PROBE, generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    left = torch.randn(_PROBE, _PROBE, generator=generator, device="cpu").to(device)
     symmetric = (left @ left.mT).double()
     volume = float(_PROBE**3)
     return _seconds(lambda: left @ left) / volume, _seconds(lambda: torch.linalg.eigh(symmetric)) / volume

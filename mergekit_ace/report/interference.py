@@ -36,7 +36,8 @@ def interference(task_vectors: TaskVectors) -> Interference:
     """
     T = len(task_vectors)
     m, n = task_vectors.shape
-    overlap, alignment = torch.eye(T, dtype=torch.float64), torch.eye(T, dtype=torch.float64)
+    overlap = torch.eye(T, dtype=torch.float64, device="cpu")
+    alignment = overlap.clone()
     grams: list[Tensor] = []
     own: list[float] = []
     for s in range(T):

@@ -1,0 +1,20 @@
+"""Random numbers that are the same on every device, in every thread and in every run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SEED = 0
+
+
+def normal_numbers(rows: int, columns: int, *, like: Tensor) -> Tensor:
+    """`[rows, columns]` independent standard normal numbers of a fixed seed, in the dtype and on the device of `like`.
+
+    Drawn on the CPU, because generators of different devices give different numbers. The device is named because
+    mergekit's multi-GPU worker runs within `with torch.device(...)`: a factory call without a device would make its
+    tensor there, and a generator of the CPU cannot fill it.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(_SEED)
+    drawn = torch.randn((rows, columns), generator=generator, dtype=like.dtype, device="cpu")
+    return drawn.to(like.device)

@@ -85,6 +85,16 @@ def test_the_switch_turns_the_hook_off(installed: Environment) -> None:
     assert "_RegistryFinder" in installed.run("-c", FINDERS, MERGEKIT_ACE_AUTOLOAD="1").stdout
 
 
+def test_the_doctor_finds_a_startup_file_that_is_gone(wheel: Path, tmp_path: Path) -> None:
+    environment = Environment.create(tmp_path / "environment")
+    environment.install(wheel)
+    (environment.site_packages / "mergekit_ace_autoload.pth").unlink()
+    done = environment.run("-m", "mergekit_ace", "doctor")
+    assert done.returncode == 1, done.stderr
+    assert "error    in a new process  not armed" in done.stdout
+    assert "--force-reinstall" in done.stdout
+
+
 @pytest.mark.parametrize("flags", [(), ("-I",), ("-E", "-s"), ("-O",)], ids=str)
 def test_the_hook_is_armed_once_under_any_flags(flags: tuple[str, ...], installed: Environment) -> None:
     done = installed.run(*flags, "-c", FINDERS)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ace.linalg.blocks import blocks
-from mergekit_ace.linalg.precision import require_full_float32, squared_norm, working_dtype
+from mergekit_ace.linalg.precision import all_finite, require_full_float32, squared_norm, working_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +232,7 @@ def require_finite_base(base: Tensor, *, name: str) -> None:
     Raises:
         ValueError: naming the tensor.
     """
-    if not bool(torch.isfinite(base).all()):
+    if not all_finite(base):
         raise ValueError(_not_finite(name, "the base"))
 
 
@@ -240,8 +240,8 @@ def _require_finite(norm: float, base: Tensor, expert: Expert, name: str) -> Non
     if math.isfinite(norm):
         return
     # The norm of finite values in float64 cannot overflow, so one of the two holds NaN or infinity; say which.
-    culprit = "the base" if not bool(torch.isfinite(base).all()) else f"expert {expert.name}"
-    if culprit != "the base" and bool(torch.isfinite(expert.tensor).all()):
+    culprit = "the base" if not all_finite(base) else f"expert {expert.name}"
+    if culprit != "the base" and all_finite(expert.tensor):
         culprit = f"the difference of expert {expert.name} and the base"
     raise ValueError(_not_finite(name, culprit))
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
+from mergekit_ace.linalg.blocks import LARGEST_BLOCK
+from mergekit_ace.linalg.precision import working_dtype
+
 
 def by_stacked_rows(m: int, n: int, experts: int) -> bool:
     """Whether full fine-tunes of this shape have fewer rows together than the layer has inputs."""
@@ -35,3 +40,14 @@ def multiply_adds(m: int, n: int, experts: int) -> float:
         return q * q * n / 2 + experts * m**3 + q**3 / 6 + m * q * q + 2 * m * q * n + refinement
     each = small * small * large / 2 + m * n * small + (n * n * m / 2 if m < n else 0)
     return experts * each + n**3 / 6 + m * n * n + refinement
+
+
+def averaging_bytes(elements: int, dtype: torch.dtype) -> int:
+    """The most bytes that an average (embedding tables, vectors, kernels) holds at once beyond its inputs.
+
+    The mean task vector in the working dtype and the result in `dtype`, one tensor where these are the same; and of one
+    block at a time a difference and two float64 copies.
+    """
+    working = working_dtype(dtype)
+    result = 0 if dtype == working else dtype.itemsize
+    return (working.itemsize + result) * elements + (working.itemsize + 16) * min(elements, LARGEST_BLOCK)

@@ -54,3 +54,8 @@ def inner_product(left: Tensor, right: Tensor) -> float:
     for ours, theirs in zip(blocks(left), blocks(right), strict=True):
         total += torch.dot(ours.flatten().double(), theirs.flatten().double())
     return float(total)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinity, at the cost of one number read from a device."""
+    return bool(torch.stack([torch.isfinite(block).all() for block in blocks(tensor)]).all())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from mergekit_ace.layer.diagnostics import diagnostics
 from mergekit_ace.layer.merge import LayerMerge
 from mergekit_ace.layer.task_vectors import Expert, TaskVectors, mean_task_vector, require_finite_base
 from mergekit_ace.linalg.blocks import blocks
-from mergekit_ace.linalg.precision import squared_norm
+from mergekit_ace.linalg.precision import all_finite, squared_norm
 from mergekit_ace.methods.advice import OnceEach, causes
 from mergekit_ace.methods.matrices import Matrix, inputs_last, matrices, weighted_experts
 from mergekit_ace.methods.parameters import LAMBDA, RecipeParameter, common_parameters
@@ -103,7 +102,7 @@ class LayerwiseMethod(GroupMergeMethod):
             LOG.info(
                 "%s %s: %s; %s %.3f s", name, tuple(base.shape), treated.reason, notes, time.perf_counter() - started
             )
-        if treated.kind != "buffer" and not math.isfinite(squared_norm(merged)):
+        if treated.kind != "buffer" and not all_finite(merged):
             raise ValueError(
                 f"{name}: every merged weight must be finite; the merge exceeds the range of {merged.dtype}. "
                 "Set dtype: float32 in the recipe (and out_dtype: bfloat16 for a small result), or a smaller lambda."
@@ -181,5 +180,5 @@ def _out_of_memory(name: str, base: Tensor) -> str:
     return (
         f"{name}: not enough memory on {base.device} to merge a {tuple(base.shape)} {base.dtype} tensor. Run without "
         "--cuda and --read-to-gpu (the CPU has more), or free the device; for an embedding table or output head, "
-        "embeddings: average needs the least."
+        "embeddings: base needs the least, and embeddings: average little more."
     )

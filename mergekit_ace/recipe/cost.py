@@ -11,7 +11,7 @@ import torch
 from mergekit.common import dtype_from_name
 from rich.filesize import decimal
 
-from mergekit_ace.layer.workload import multiply_adds, working_numbers
+from mergekit_ace.layer.workload import averaging_bytes, multiply_adds, working_numbers
 from mergekit_ace.linalg.precision import working_dtype
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.recipe.findings import Finding
@@ -55,7 +55,7 @@ def estimate(plan: Plan) -> Cost:
         elements, stored = headers[0].elements, headers[0].dtype
         written += elements * (out or dtype or stored).itemsize
         inputs = len(headers) * elements * (dtype or stored).itemsize
-        buffers = 2 * elements * working_dtype(dtype or stored).itemsize
+        buffers = averaging_bytes(elements, dtype or stored)
         matrix = _matrix(plan, tensor, headers[0].shape)
         if matrix is not None:
             count, m, n = matrix

@@ -60,7 +60,7 @@ class TaskVectors:
     """
 
     def __init__(self, base: Tensor, experts: Sequence[Expert], *, name: str = "the layer") -> None:
-        require_full_float32()
+        require_full_float32(base.device)
         self.name = name
         self.base = base
         self.dtype = working_dtype(base.dtype)

@@ -9,9 +9,11 @@ from torch import Tensor
 # it all.
 _ON_THE_CPU = 1 << 17
 LARGEST_BLOCK = 1 << 24
-"""Elements of a block on an accelerator. Each kernel of a pass then moves at least 32 MB, which takes a device of 3 TB/s
-ten microseconds and more, above the cost of its launch; and the float64 copy is 128 MB. The embedding table of a 70B
-model, 1e9 elements, is 63 blocks."""
+"""Elements of a block on an accelerator.
+
+Each kernel of a pass then moves at least 32 MB, which takes a device of 3 TB/s ten microseconds, more than its launch;
+and the float64 copy is 128 MB. The embedding table of a 70B model, 1e9 elements, is 63 blocks.
+"""
 
 
 def blocks(tensor: Tensor) -> tuple[Tensor, ...]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,25 +22,71 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def require_full_float32() -> None:
+def require_full_float32(device: torch.device) -> None:
     """Refuse to run float32 products as TF32 or bfloat16.
 
     A Gram product squares the condition number, so its 24 significant bits are all needed; the reduced modes keep 8
-    to 11. The switch is global to the process, hence checked and never set: another thread may rely on it.
+    to 11. The switches are global to the process, hence checked and never set: another thread may rely on them. What
+    lowers the precision from outside of torch is found by a product, once a device.
+
+    Args:
+        device: whose products are meant. A setting that only other kinds of device read (cuDNN's, on a CPU) is none.
 
     Raises:
-        RuntimeError: when `torch.get_float32_matmul_precision()` is not `highest`, or when some backend's own
-            `fp32_precision` was lowered, which that cannot put into a word.
+        RuntimeError: the precision is reduced; says by what, and how to undo it.
     """
+    lowered = _lowered_setting(device)
+    if lowered is not None:
+        what, remedy = lowered
+    elif not _multiplies_in_full(device):
+        what, remedy = f"a product on {device} with 11 bits or fewer", _unset(_OUTSIDE_OF_TORCH)
+    else:
+        return
+    raise RuntimeError(
+        f"float32 matrix products must run in full precision to merge by covariance; got {what}. {remedy}"
+    )
+
+
+_OF_TORCH = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",)
+_OUTSIDE_OF_TORCH = ("NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
+_REDUCED = ("tf32", "bf16")
+
+
+def _lowered_setting(device: torch.device) -> tuple[str, str] | None:
+    """What in torch lowers the precision on a device, and the remedy; None where nothing does."""
+    remedy = _unset(_OF_TORCH)
     try:
         precision = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        precision = "a lower fp32_precision of one of torch.backends"
-    if precision != "highest":
-        raise RuntimeError(
-            f"float32 matrix products must run in full precision to merge by covariance; got {precision!r}. "
-            "Call torch.set_float32_matmul_precision('highest') before the merge."
-        )
+    except RuntimeError:  # Some backend's own setting was changed, which that cannot put into a word.
+        backend = "mkldnn" if device.type == "cpu" else "cuda"
+        own = getattr(torch.backends, backend).matmul.fp32_precision
+        if own not in _REDUCED:
+            return None
+        return f"torch.backends.{backend}.matmul.fp32_precision = {own!r}", remedy
+    return None if precision == "highest" else (f"float32 matmul precision {precision!r}", remedy)
+
+
+def _unset(variables: Sequence[str]) -> str:
+    """The remedy: which of these environment variables to unset, or the call where none of them is set."""
+    given = [f"{name}={os.environ[name]}" for name in variables if os.environ.get(name, "0") not in ("", "0")]
+    if given:
+        unset = " ".join(assignment.partition("=")[0] for assignment in given)
+        return f"The environment has {', '.join(given)}: run `unset {unset}` and start the merge again."
+    if variables is _OF_TORCH:
+        return "Call torch.set_float32_matmul_precision('highest') before the merge."
+    return f"Unset what forces it ({', '.join(variables)} are known to), or merge on another device."
+
+
+# A multiple of the tiles of tensor cores, so that these are used where they may be.
+_SIDE = 128
+
+
+@functools.cache
+def _multiplies_in_full(device: torch.device) -> bool:
+    """Whether the square of `1 + 2^-12` has its bit `2^-11` in a product on a device: TF32 rounds the factor to 1."""
+    factor = torch.full((_SIDE, _SIDE), 1 + 2**-12, dtype=torch.float32, device=device)
+    product = (factor @ factor) / _SIDE
+    return bool((product > 1 + 2**-12).all())
 
 
 def squared_norm(matrix: Tensor) -> float:

@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from packaging.requirements import Requirement
 from rich.filesize import decimal
 
 from mergekit_ace import __version__
 from mergekit_ace.autoload import SWITCH
+
+if TYPE_CHECKING:
+    import torch
 
 Level = Literal["ok", "warning", "error"]
 # Not required by this package itself, but part of what mergekit does with adapters and tokenizers.
@@ -182,6 +185,8 @@ def _memory() -> str:
 
 
 def _precision() -> Iterator[Fact]:
+    import torch
+
     from mergekit_ace.linalg.precision import require_full_float32
 
     for variable in _PRECISION_VARIABLES:
@@ -194,12 +199,14 @@ def _precision() -> Iterator[Fact]:
                 level="error" if switched_on else "ok",
                 remedy=f"Unset {variable}: it lets float32 products run as TF32." if switched_on else "",
             )
-    yield _full_precision(require_full_float32)
+    yield _full_precision(require_full_float32, "float32 products", torch.device("cpu"))
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        yield _full_precision(require_full_float32, f"float32 products, cuda:{index}", torch.device("cuda", index))
 
 
-def _full_precision(guard: Callable[[], None]) -> Fact:
+def _full_precision(guard: Callable[[torch.device], None], name: str, device: torch.device) -> Fact:
     try:
-        guard()
+        guard(device)
     except RuntimeError as error:
-        return Fact(topic="precision", name="float32 products", value="reduced", level="error", remedy=str(error))
-    return Fact(topic="precision", name="float32 products", value="full")
+        return Fact(topic="precision", name=name, value="reduced", level="error", remedy=str(error))
+    return Fact(topic="precision", name=name, value="full")

@@ -24,6 +24,7 @@ from mergekit_ace.layer.task_vectors import Expert, TaskVectors, mean_task_vecto
 from mergekit_ace.linalg.blocks import blocks
 from mergekit_ace.linalg.precision import all_finite, squared_norm
 from mergekit_ace.methods.advice import OnceEach, causes
+from mergekit_ace.methods.device_failures import named, on_device_or_cpu
 from mergekit_ace.methods.matrices import Matrix, inputs_last, matrices, weighted_experts
 from mergekit_ace.methods.parameters import LAMBDA, RecipeParameter, common_parameters
 from mergekit_ace.policy import Choice, Treatment, is_embedding, treatment
@@ -93,16 +94,14 @@ class LayerwiseMethod(GroupMergeMethod):
         treated = self.treat(name, base.shape, group.metadata.vocabulary_axis, parameters)
         if treated.kind == "matrix" and is_embedding(name, group.metadata.vocabulary_axis):
             self._once.warn("embeddings", f"{name}: embeddings: {self.name} merges a table as if it were a linear map")
-        try:
-            with diagnostics(LOG.isEnabledFor(logging.INFO)):
-                merged, notes = self._merge(treated, base, experts, parameters, name)
-        except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(_out_of_memory(name, base)) from error
+        with named(name, base), diagnostics(LOG.isEnabledFor(logging.INFO)):
+            merged, notes = self._merge(treated, base, experts, parameters, name)
+            finite = treated.kind == "buffer" or all_finite(merged)
         if LOG.isEnabledFor(logging.INFO):
             LOG.info(
                 "%s %s: %s; %s %.3f s", name, tuple(base.shape), treated.reason, notes, time.perf_counter() - started
             )
-        if treated.kind != "buffer" and not all_finite(merged):
+        if not finite:
             raise ValueError(
                 f"{name}: every merged weight must be finite; the merge exceeds the range of {merged.dtype}. "
                 "Set dtype: float32 in the recipe (and out_dtype: bfloat16 for a small result), or a smaller lambda."
@@ -137,16 +136,25 @@ class LayerwiseMethod(GroupMergeMethod):
             require_finite_base(base, name=name)
             return base.clone(), ""
         if treated.kind == "average":
-            return _apply(base, mean_task_vector(base, experts, name=name), self.scale(parameters)), ""
+            everything = Matrix(name=name, place=(), base=base, experts=tuple(experts))
+            return on_device_or_cpu(lambda tensors: self._average(tensors, parameters), everything, self._once.warn)
+
+        def merge_one(matrix: Matrix) -> tuple[Tensor, str]:
+            return on_device_or_cpu(lambda moved: self._merge_one(moved, parameters), matrix, self._once.warn)
+
         parts = matrices(name, base, experts, parameters)
         if treated.kind == "matrix":
-            weight, notes = self._merge_one(next(parts), parameters)
+            weight, notes = merge_one(next(parts))
             return inputs_last(weight, parameters), notes
         merged, notes = torch.empty_like(base), ""
         for matrix in parts:
-            weight, notes = self._merge_one(matrix, parameters)
+            weight, notes = merge_one(matrix)
             merged[matrix.place] = inputs_last(weight, parameters)
         return merged, notes
+
+    def _average(self, tensors: Matrix, parameters: Mapping[str, Any]) -> tuple[Tensor, str]:
+        mean = mean_task_vector(tensors.base, tensors.experts, name=tensors.name)
+        return _apply(tensors.base, mean, self.scale(parameters)), ""
 
     def _merge_one(self, matrix: Matrix, parameters: Mapping[str, Any]) -> tuple[Tensor, str]:
         task_vectors = TaskVectors(matrix.base, matrix.experts, name=matrix.name)
@@ -174,11 +182,3 @@ def _sole(base: Tensor, task_vectors: TaskVectors, scale: float) -> Tensor:
     if scale == 1:
         return task_vectors.experts[0].tensor.clone()
     return _apply(base, task_vectors.task_vector(0), scale)
-
-
-def _out_of_memory(name: str, base: Tensor) -> str:
-    return (
-        f"{name}: not enough memory on {base.device} to merge a {tuple(base.shape)} {base.dtype} tensor. Run without "
-        "--cuda and --read-to-gpu (the CPU has more), or free the device; for an embedding table or output head, "
-        "embeddings: base needs the least, and embeddings: average little more."
-    )

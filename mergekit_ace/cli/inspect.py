@@ -12,6 +12,7 @@ from mergekit.options import MergeOptions, add_merge_options
 from mergekit_ace.cli.help import Command
 from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.plan import Plan, planned, read_recipe
+from mergekit_ace.recipe.preflight import require_sound_inputs
 from mergekit_ace.report.advice import advise
 from mergekit_ace.report.as_csv import write_csv
 from mergekit_ace.report.as_json import write_json
@@ -72,7 +73,9 @@ def inspect(
     """
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     try:
-        with planned(read_recipe(config_file), merge_options) as plan:
+        recipe = read_recipe(config_file)
+        require_sound_inputs(recipe, merge_options)
+        with planned(recipe, merge_options) as plan:
             report = _measure(plan, "fast" if fast else "full", quiet=merge_options.quiet)
     except RecipeError as error:
         raise click.ClickException(str(error)) from error

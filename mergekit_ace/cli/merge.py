@@ -14,6 +14,7 @@ from mergekit_ace.output import engine, parts
 from mergekit_ace.output.selection import Part, PlannedTensor, select
 from mergekit_ace.output.space import require_space
 from mergekit_ace.recipe.plan import read_recipe
+from mergekit_ace.recipe.preflight import require_sound_inputs
 from mergekit_ace.staging import staged
 
 
@@ -69,7 +70,9 @@ def merge(
         merge_options.apply_global_options()  # type: ignore[no-untyped-call]
         mergekit_ace.register()
         source = config_file.read_text(encoding="utf-8")
-        recipe = read_recipe(config_file).config
+        written = read_recipe(config_file)
+        require_sound_inputs(written, merge_options)
+        recipe = written.config
         plan: list[PlannedTensor] = []
         chosen: list[PlannedTensor] = []
 

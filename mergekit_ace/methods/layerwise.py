@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from mergekit_ace.methods.advice import OnceEach, causes
 from mergekit_ace.methods.device_failures import named, on_device_or_cpu
 from mergekit_ace.methods.matrices import Matrix, inputs_last, matrices, weighted_experts
 from mergekit_ace.methods.parameters import LAMBDA, RecipeParameter, common_parameters
+from mergekit_ace.methods.quantized_inputs import require_unquantized_models, require_unquantized_tensors
 from mergekit_ace.policy import Choice, Treatment, is_embedding, treatment
 from mergekit_ace.printable import printable
 
@@ -61,6 +62,22 @@ class LayerwiseMethod(GroupMergeMethod):
     def parameters(self) -> tuple[RecipeParameter, ...]:
         """All that a recipe may set."""
         return (*self.own_parameters, *common_parameters(self.name, scale=self.lambda_parameter))
+
+    def validate_inputs(
+        self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, *, group_name: str | None = None
+    ) -> None:
+        """Check what mergekit plans to hand over, before anything is read; called by mergekit.
+
+        Raises:
+            ValueError: no base, too few experts, or a model that is quantized.
+        """
+        super().validate_inputs(input_ids, base_id, group_name=group_name)
+        require_unquantized_models(input_ids)
+
+    def _execute_resolved(self, groups: Sequence[TensorGroup], *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        for group in groups:  # before mergekit brings a group to one dtype
+            require_unquantized_tensors(group)
+        return super()._execute_resolved(groups, *args, **kwargs)
 
     @abstractmethod
     def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> LayerMerge:

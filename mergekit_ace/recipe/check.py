@@ -8,14 +8,19 @@ from pathlib import Path
 
 from mergekit.options import MergeOptions
 
-from mergekit_ace.recipe.checkpoints import check_configurations, check_files, check_tokenizers
+from mergekit_ace.recipe.adapters import check_adapters
+from mergekit_ace.recipe.configurations import check_configurations
 from mergekit_ace.recipe.cost import Cost, check_cost, estimate
 from mergekit_ace.recipe.failures import RecipeError
-from mergekit_ace.recipe.findings import Finding, by_gravity
+from mergekit_ace.recipe.files import check_files
+from mergekit_ace.recipe.findings import Finding, by_severity
 from mergekit_ace.recipe.kinship import check_kinship
+from mergekit_ace.recipe.paths import check_paths
 from mergekit_ace.recipe.plan import Plan, Recipe, planned, read_recipe
+from mergekit_ace.recipe.quantized import check_quantization
 from mergekit_ace.recipe.spelling import check_filters, check_keys, check_method, check_parameters
 from mergekit_ace.recipe.tensors import check_precision, check_tensors, check_treatments
+from mergekit_ace.recipe.vocabularies import check_tokenizers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,20 +61,23 @@ def check_recipe(file: Path, options: MergeOptions | None = None) -> Examination
     obstacles = list(_obstacles(recipe, options))
     findings += obstacles
     if any(finding.level == "error" for finding in obstacles):
-        return Examination(findings=by_gravity(findings), cost=None)
+        return Examination(findings=by_severity(findings), cost=None)
     try:
         with planned(recipe, options, adapters_unmerged=True) as plan:
             findings += _of_plan(plan)
             cost = estimate(plan)
     except RecipeError as error:
-        return Examination(findings=by_gravity([*findings, _unplannable(error)]), cost=None)
-    return Examination(findings=by_gravity([*findings, *check_cost(cost)]), cost=cost)
+        return Examination(findings=by_severity([*findings, _unplannable(error)]), cost=None)
+    return Examination(findings=by_severity([*findings, *check_cost(cost)]), cost=cost)
 
 
 def _obstacles(recipe: Recipe, options: MergeOptions) -> Iterator[Finding]:
     """What keeps mergekit from planning the merge, said better than it says it."""
     yield from check_method(recipe.config.merge_method)
-    yield from check_files(recipe, options)
+    yield from check_paths(recipe.document)
+    yield from check_files(recipe)
+    yield from check_quantization(recipe)
+    yield from check_adapters(recipe, options)
     yield from check_configurations(recipe, options)
 
 

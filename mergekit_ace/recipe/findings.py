@@ -28,6 +28,6 @@ class Finding:
 _ORDER: tuple[Level, ...] = ("error", "warning", "hint")
 
 
-def by_gravity(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+def by_severity(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     """Errors first, then warnings, then hints; otherwise in the order found."""
     return tuple(sorted(findings, key=lambda finding: _ORDER.index(finding.level)))

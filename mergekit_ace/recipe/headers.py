@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from mergekit.io import ShardedTensorIndex
 from safetensors import safe_open
 
 from mergekit_ace.recipe.failures import message_of
+from mergekit_ace.recipe.pointers import pointer_words
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+# Not every torch that is allowed has them all.
+_DTYPE_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F4": "float4_e2m1fn_x2",
 }
+_INDEX = ".index.json"
+_MOST_NAMES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,27 +74,88 @@ def find_header(
     return next((headers[known] for known in names if known in headers), None)
 
 
+def header_of(shape: Iterable[int], dtype: str) -> TensorHeader:
+    """A header from what safetensors writes: `dtype` is one of its names, such as `BF16`."""
+    name = _DTYPE_NAMES.get(dtype, "uint8")
+    return TensorHeader(shape=tuple(shape), dtype=getattr(torch, name, torch.uint8))
+
+
 def read_headers(index: ShardedTensorIndex) -> Mapping[str, TensorHeader]:
     """Every tensor of a checkpoint by its name on disk; reads no weight of a safetensors file.
 
     Raises:
-        OSError, SafetensorError, RuntimeError: a shard is missing, truncated or not a checkpoint; the message names it.
+        OSError, RuntimeError: a shard is missing, truncated, no checkpoint, or lacks a tensor that the index promises;
+            the message names it.
     """
     headers: dict[str, TensorHeader] = {}
     for shard in index.shards:
         path = Path(index.base_path) / shard.filename
-        headers |= _safetensors(path) if index.is_safetensors else _pickle(path)
+        held = _file_headers(path, is_safetensors=index.is_safetensors)
+        absent = [name for name in shard.contained_keys if name not in held]
+        if absent:
+            raise RuntimeError(
+                f"{path} must hold the tensors that the index lists for it; it lacks {', '.join(absent[:_MOST_NAMES])}"
+                + (f" and {len(absent) - _MOST_NAMES} more" if len(absent) > _MOST_NAMES else "")
+            )
+        # mergekit sees what the index lists, and nothing else that a shard may hold.
+        headers |= {name: held[name] for name in shard.contained_keys}
     return headers
+
+
+def read_folder(folder: Path) -> Mapping[str, TensorHeader]:
+    """Every tensor of a model's folder, by way of mergekit's own choice among the files in it.
+
+    Raises:
+        OSError, RuntimeError: as `read_headers`; also where mergekit finds no model. The message names the file.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        file, index = folder / name, folder / (name + _INDEX)
+        if index.is_file():
+            _require_index(index)
+            break
+        if file.is_file():
+            return _file_headers(file, is_safetensors=file.suffix == ".safetensors")
+    return read_headers(ShardedTensorIndex.from_disk(str(folder)))
+
+
+def read_file(file: Path) -> Mapping[str, TensorHeader]:
+    """Every tensor of a single file, a pickle unless it is called `.safetensors`.
+
+    Raises:
+        OSError, RuntimeError: as `read_headers`.
+    """
+    return _file_headers(file, is_safetensors=file.name.lower().endswith(".safetensors"))
+
+
+def _require_index(index: Path) -> None:
+    if (words := pointer_words(index)) is not None:
+        raise RuntimeError(f"{index} must list the tensors of its shards; {words}")
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(listed, dict):
+            raise TypeError("weight_map is no mapping")
+    except (ValueError, KeyError, TypeError) as error:
+        raise RuntimeError(f"{index} must be JSON with a weight_map; {message_of(error)}") from error
+
+
+def _file_headers(path: Path, *, is_safetensors: bool) -> Mapping[str, TensorHeader]:
+    status = path.stat()  # FileNotFoundError names the file
+    return _cached(path, is_safetensors, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _cached(path: Path, is_safetensors: bool, size: int, changed: int) -> Mapping[str, TensorHeader]:
+    """A merge asks for the same headers up to three times. Keyed by size and time, for files that are written anew."""
+    if (words := pointer_words(path)) is not None:
+        raise RuntimeError(f"{path} must hold tensors; {words}")
+    return _safetensors(path) if is_safetensors else _pickle(path)
 
 
 def _safetensors(path: Path) -> dict[str, TensorHeader]:
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-            return {
-                name: TensorHeader(shape=tuple(part.get_shape()), dtype=_DTYPES.get(part.get_dtype(), torch.uint8))
-                for name, part in slices.items()
-            }
+            return {name: header_of(part.get_shape(), part.get_dtype()) for name, part in slices.items()}
     except FileNotFoundError:
         raise
     except Exception as error:  # safetensors says what is wrong, but not with which file
@@ -94,7 +167,16 @@ def _pickle(path: Path) -> dict[str, TensorHeader]:
         tensors = torch.load(path, map_location="meta", weights_only=True)
     except FileNotFoundError:
         raise
+    except UnpicklingError as error:  # torch's own words go on to say how to run the code
+        raise RuntimeError(
+            f"{path} must be a whole pickle of tensors; it is damaged or holds more, and nothing in it was run. "
+            "Take the model as safetensors, from somebody whom you trust"
+        ) from error
     except Exception as error:  # zip, pickle and torch each have their own
         raise RuntimeError(f"{path} must be a whole PyTorch checkpoint; {message_of(error)}") from error
     tensors = tensors.get("state_dict", tensors)
-    return {name: TensorHeader(shape=tuple(tensor.shape), dtype=tensor.dtype) for name, tensor in tensors.items()}
+    return {
+        name: TensorHeader(shape=tuple(tensor.shape), dtype=tensor.dtype)
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor)
+    }

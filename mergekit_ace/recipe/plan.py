@@ -47,6 +47,7 @@ from mergekit_ace.recipe.adapter_cache import merged_adapter
 from mergekit_ace.recipe.failures import RecipeError, message_of
 from mergekit_ace.recipe.headers import TensorHeader, find_header, read_headers
 from mergekit_ace.recipe.output_shape import output_header
+from mergekit_ace.recipe.paths import check_paths
 from mergekit_ace.recipe.tokenizer import numbered_tokenizer
 
 
@@ -75,6 +76,9 @@ def read_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path} must be a YAML file; {message_of(error)}") from error
     if not isinstance(document, Mapping):
         raise RecipeError(f"{path} must hold a mapping with merge_method and models; got {type(document).__name__}")
+    misread = [f"{finding.what}. {finding.remedy}" for finding in check_paths(document) if finding.level == "error"]
+    if misread:
+        raise RecipeError("\n".join(misread))
     try:
         config = OrderedRecipe.model_validate(document)
     except (ValueError, RuntimeError) as error:

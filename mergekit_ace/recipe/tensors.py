@@ -20,11 +20,10 @@ _MOST_NAMES = 3
 
 
 def check_tensors(plan: Plan) -> Iterator[Finding]:
-    """Tensors that a model does not have, or has in another shape than the base, or quantized."""
+    """Tensors that a model does not have, or has in another shape than the base."""
     missing: dict[ModelReference, list[str]] = defaultdict(list)
     misshapen: dict[ModelReference, list[str]] = defaultdict(list)
     vocabulary: dict[ModelReference, list[str]] = defaultdict(list)
-    quantized: dict[ModelReference, list[str]] = defaultdict(list)
     aligned = plan.recipe.config.tokenizer is not None or plan.recipe.config.tokenizer_source is not None
     for tensor in plan.tensors:
         base = tensor.header(tensor.base) if tensor.base and tensor.reads(tensor.base) else None
@@ -34,8 +33,6 @@ def check_tensors(plan: Plan) -> Iterator[Finding]:
                 if not tensor.optional and not tensor.is_converted(model):
                     missing[model].append(tensor.input_name(model))
                 continue
-            if header.dtype.is_floating_point and header.dtype.itemsize == 1:
-                quantized[model].append(tensor.input_name(model))
             if base is None or header.shape == base.shape:
                 continue
             if tensor.vocabulary_axis is None:
@@ -55,12 +52,6 @@ def check_tensors(plan: Plan) -> Iterator[Finding]:
             level="error",
             what=f"{model} has a vocabulary of another size than the base: {_some(names)}",
             remedy="Align them: tokenizer: {source: base}, or {source: union} to keep every token.",
-        )
-    for model, names in quantized.items():
-        yield Finding(
-            level="error",
-            what=f"{model} is quantized to 8 bits: {_some(names)}",
-            remedy="Merge the unquantized checkpoints, and quantize the result.",
         )
 
 

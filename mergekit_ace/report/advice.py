@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import median
 
 from mergekit_ace.methods.advice import LARGE
-from mergekit_ace.recipe.findings import Finding, by_gravity
+from mergekit_ace.recipe.findings import Finding, by_severity
 from mergekit_ace.report.model import LayerReport, Report
 from mergekit_ace.report.naming import short_names
 from mergekit_ace.report.summary import SOLVED, compared_layers
@@ -25,7 +25,7 @@ SHRUNKEN = 0.25
 
 def advise(report: Report) -> tuple[Finding, ...]:
     """Every rule's findings, the gravest first."""
-    return by_gravity(finding for rule in _RULES for finding in rule(report))
+    return by_severity(finding for rule in _RULES for finding in rule(report))
 
 
 def _failures(report: Report) -> Iterator[Finding]:

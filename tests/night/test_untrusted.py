@@ -79,7 +79,7 @@ REFUSED = {
     "mergekit-yaml --lazy-unpickle": "Weights only load failed",
     "mergekit-pytorch": "Weights only load failed|Unsupported type",
     "merge": "nothing in it was run",
-    "check": "holds more, which was not run",
+    "check": "nothing in it was run",
     "inspect": "nothing in it was run",
     "inspect --lazy-unpickle": "nothing in it was run",
 }

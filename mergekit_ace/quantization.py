@@ -1,0 +1,135 @@
+"""How a quantized checkpoint is told from a plain one: by its configuration, and by the tensors beside its weights.
+
+The codes of a quantized weight are numbers of another scale, and often of another shape, than the weight. Converted to
+a float dtype they merge without an error into weights that are hundreds of times too large.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_LOAD = 'AutoModelForCausalLM.from_pretrained("{path}"'
+_BITSANDBYTES = f'{_LOAD}).dequantize().save_pretrained("FOLDER")'
+_BY_CONFIGURATION = f'{_LOAD}, quantization_config={{config}}(dequantize=True)).save_pretrained("FOLDER")'
+
+# What transformers can turn back into plain weights, by `quant_method`, and the line that does it.
+_LINES = {
+    "bitsandbytes": _BITSANDBYTES,
+    "higgs": _BITSANDBYTES,
+    "fp8": _BY_CONFIGURATION.replace("{config}", "FineGrainedFP8Config"),
+    "mxfp4": _BY_CONFIGURATION.replace("{config}", "Mxfp4Config"),
+    "compressed-tensors": f"{_LOAD}, quantization_config=CompressedTensorsConfig(run_compressed=False))"
+    '.save_pretrained("FOLDER")',
+}
+
+# Names that no plain checkpoint uses, and the format that does.
+_TELLING_NAMES = (
+    (re.compile(r"\.SCB$"), "bitsandbytes", "bitsandbytes int8"),
+    (
+        re.compile(r"\.quant_state\.bitsandbytes__(?:nf4|fp4)$|\.quant_map$|\.absmax$"),
+        "bitsandbytes",
+        "bitsandbytes 4-bit",
+    ),
+    (re.compile(r"(?:\.|_)(?:qweight|qzeros)$"), "gptq", "GPTQ or AWQ"),
+    (re.compile(r"(?:\.|_)weight_packed$"), "compressed-tensors", "compressed-tensors"),
+    (re.compile(r"\.weight\._data$"), "quanto", "quanto"),
+    (re.compile(r"\.W_q$"), "hqq", "HQQ"),
+    (re.compile(r"\.codebooks$"), "aqlm", "AQLM"),
+    (re.compile(r"_weight_qdata$"), "torchao", "torchao"),
+)
+# Tensors that scale or shift the codes beside them, by what is left of the name without the suffix.
+_SCALE = re.compile(r"^(?P<weight>.+?)(?:_scale_inv|_scales?(?:_\d)?|_zero_point)$")
+_MLX_SCALES = re.compile(r"^(?P<module>.+)\.scales$")
+_BLOCKS = re.compile(r"^(?P<stem>.+)_blocks$")
+
+# Files in which older tools keep what belongs into config.json.
+CONFIGURATION_FILES = {
+    "quantize_config.json": ("gptq", "GPTQ"),
+    "quant_config.json": ("awq", "AWQ"),
+    "hf_quant_config.json": ("modelopt", "ModelOpt"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """A format of quantized weights, and how it was told.
+
+    Attributes:
+        method: as `quant_method` in a configuration.
+        format: its name for people.
+        evidence: where it shows: an entry of a file, or a tensor.
+    """
+
+    method: str
+    format: str
+    evidence: str
+
+    def remedy(self, path: str) -> str:
+        """What to do about a checkpoint at `path`, with the line that does it where transformers can."""
+        line = _LINES.get(self.method)
+        if line is None:
+            return "Merge the checkpoint that it was quantized from, and quantize the result."
+        return (
+            f"Dequantize it first: {line.replace('{path}', path)}, or merge the checkpoint that it was quantized from."
+        )
+
+
+def from_configuration(configuration: Mapping[str, Any]) -> Quantization | None:
+    """Read a model's `config.json`; None where it speaks of no quantization."""
+    for holder in (configuration, configuration.get("text_config")):
+        if not isinstance(holder, Mapping):
+            continue
+        for key in ("quantization_config", "compression_config", "quantization"):
+            entry = holder.get(key)
+            if isinstance(entry, Mapping) and entry:
+                return _from_entry(entry, f"config.json has {key}")
+    return None
+
+
+def from_names(names: Iterable[str]) -> Quantization | None:
+    """Read the names of a checkpoint's tensors; None where no codes and no scales are among them."""
+    present = set(names)
+    for name in sorted(present):
+        for pattern, method, form in _TELLING_NAMES:
+            if pattern.search(name):
+                return Quantization(method=method, format=form, evidence=f"it holds {name}")
+        scale = _SCALE.match(name)
+        # `logit_scale` and its kind are weights of their own: nothing is called `logit`.
+        if scale and scale["weight"] in present:
+            return Quantization(method="fp8", format="codes with scales", evidence=f"{name} scales {scale['weight']}")
+        blocks = _BLOCKS.match(name)
+        if blocks and f"{blocks['stem']}_scales" in present:
+            return Quantization(method="mxfp4", format="MXFP4", evidence=f"it holds {name}")
+        mlx = _MLX_SCALES.match(name)
+        if mlx and {f"{mlx['module']}.weight", f"{mlx['module']}.biases"} <= present:
+            return Quantization(method="mlx", format="MLX", evidence=f"it holds {name}")
+    return None
+
+
+def from_dtypes(dtypes: Mapping[str, tuple[str, int]]) -> Quantization | None:
+    """Read dtypes as torch names them, and numbers of dimensions; None where all weights are plain numbers.
+
+    Integers are plain in buffers, so of those only matrices called `weight` count.
+    """
+    for name, (dtype, dimensions) in dtypes.items():
+        if dtype.startswith(("float8", "float4")):
+            return Quantization(method="fp8", format=dtype, evidence=f"{name} is {dtype}")
+        if name.endswith("weight") and dimensions >= 2 and dtype.startswith(("int", "uint")):
+            return Quantization(method=dtype, format=f"{dtype} codes", evidence=f"{name} is {dtype}")
+    return None
+
+
+def _from_entry(entry: Mapping[str, Any], evidence: str) -> Quantization:
+    method = str(entry.get("quant_method") or "").lower()
+    if method.startswith("bitsandbytes") or (not method and (entry.get("load_in_8bit") or entry.get("load_in_4bit"))):
+        kind = "int8" if entry.get("load_in_8bit") else f"4-bit {entry.get('bnb_4bit_quant_type') or ''}".strip()
+        return Quantization(method="bitsandbytes", format=f"bitsandbytes {kind}", evidence=evidence)
+    if not method:
+        method = str(entry.get("quant_algo") or ("mlx" if "group_size" in entry else "of an unnamed kind")).lower()
+    names = {"gptq": "GPTQ", "awq": "AWQ", "mxfp4": "MXFP4", "hqq": "HQQ", "aqlm": "AQLM", "mlx": "MLX"}
+    bits = entry.get("bits")
+    form = names.get(method, method) + (f" {bits}-bit" if isinstance(bits, int) else "")
+    return Quantization(method=method, format=form, evidence=evidence)

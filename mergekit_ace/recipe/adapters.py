@@ -1,0 +1,62 @@
+"""The LoRA experts of a recipe: where they are merged, and what they were trained on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
+
+from mergekit_ace.mergekit_internals import in_recipe_order
+from mergekit_ace.recipe.findings import Finding
+from mergekit_ace.recipe.plan import Recipe
+from mergekit_ace.recipe.sources import read_json
+
+# Adapters trained on a quantized base name it; they are put on the base that it was quantized from.
+_QUANTIZED_NAME = re.compile(r"(?:^|[-_.])(?:bnb|4-?bit|8-?bit|int4|int8|nf4|fp4|fp8|gptq|awq|q4|q8)(?:[-_.]|$)", re.I)
+
+
+def check_adapters(recipe: Recipe, options: MergeOptions) -> Iterator[Finding]:
+    """Settings that adapters need, and bases that they were not trained on."""
+    for model in in_recipe_order(recipe.config):
+        if model.lora is not None:
+            yield from _check_settings(model, options)
+            yield from _check_base(model)
+
+
+def _check_settings(model: ModelReference, options: MergeOptions) -> Iterator[Finding]:
+    if not options.lora_merge_cache:
+        yield Finding(
+            level="error",
+            what=f"the adapter of {model} must be merged before it can be read, and there is no folder for that",
+            remedy="Add --lora-merge-cache FOLDER to the command.",
+        )
+    if options.lora_merge_dtype != "float32":
+        yield Finding(
+            level="hint",
+            what=f"the update of {model} is rounded to {options.lora_merge_dtype or 'the dtype of its base'} when its "
+            "adapter is merged",
+            remedy="--lora-merge-dtype float32 keeps it, and keeps it of low rank.",
+        )
+
+
+def _check_base(model: ModelReference) -> Iterator[Finding]:
+    assert model.lora is not None
+    trained_on = (read_json(model.lora, "adapter_config.json") or {}).get("base_model_name_or_path")
+    if not trained_on or Path(trained_on).name == Path(model.model.path).name:
+        return
+    if _QUANTIZED_NAME.search(Path(trained_on).name):
+        yield Finding(
+            level="hint",
+            what=f"the adapter {model.lora} was trained on {trained_on}, by its name a quantized model, and is put on "
+            f"{model.model}",
+            remedy="Nothing to do, if that is the model that it was quantized from.",
+        )
+        return
+    yield Finding(
+        level="warning",
+        what=f"the adapter {model.lora} was trained on {trained_on}, but is put on {model.model}",
+        remedy=f"Write {trained_on}+{model.lora}, unless both are the same model.",
+    )

@@ -1,0 +1,67 @@
+"""The configurations of a recipe's models, where they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
+
+from mergekit_ace.mergekit_internals import in_recipe_order
+from mergekit_ace.recipe.findings import Finding
+from mergekit_ace.recipe.plan import Recipe
+from mergekit_ace.recipe.sources import read_json
+
+# Configuration entries that make two models different functions of the same weights, or of none.
+_SHAPES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+_MEANING = ("rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "tie_word_embeddings")
+
+
+def check_configurations(recipe: Recipe, options: MergeOptions) -> Iterator[Finding]:
+    """Experts whose configuration is not the base's."""
+    models = in_recipe_order(recipe.config)
+    configurations = {model: _configuration(model) for model in models}
+    base = models[0]
+    for expert in models[1:]:
+        ours, theirs = configurations[base], configurations[expert]
+        if ours is None or theirs is None:
+            continue
+        if ours.get("architectures") != theirs.get("architectures") and not options.allow_crimes:
+            yield Finding(
+                level="error",
+                what=f"{expert} must be of the base's architecture {_named(ours)}; got {_named(theirs)}",
+                remedy="Merge models of one architecture.",
+            )
+            continue
+        shapes = _SHAPES if recipe.config.models else ()
+        for key in shapes:
+            if ours.get(key) != theirs.get(key):
+                yield Finding(
+                    level="error",
+                    what=f"{expert} must have the base's {key} {ours.get(key)}; got {theirs.get(key)}",
+                    remedy="Merge fine-tunes of one base model.",
+                )
+        for key in _MEANING:
+            if ours.get(key) != theirs.get(key):
+                yield Finding(
+                    level="warning",
+                    what=f"{expert} has {key} {theirs.get(key)} where the base has {ours.get(key)}: the merged model "
+                    "keeps the base's",
+                    remedy="Make sure that the expert is a fine-tune of this base.",
+                )
+
+
+def _named(configuration: Mapping[str, Any]) -> str:
+    return ", ".join(configuration.get("architectures") or ["without a name"])
+
+
+def _configuration(model: ModelReference) -> Mapping[str, Any] | None:
+    return read_json(model.model, "config.json")

@@ -1,0 +1,155 @@
+"""The models of a recipe as files: missing, cut short, damaged, or pointers to what was not fetched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from mergekit.common import ModelPath, ModelReference
+
+from mergekit_ace.mergekit_internals import in_recipe_order
+from mergekit_ace.recipe.failures import READING, message_of
+from mergekit_ace.recipe.findings import Finding
+from mergekit_ace.recipe.headers import read_file, read_folder
+from mergekit_ace.recipe.plan import Recipe
+from mergekit_ace.recipe.pointers import pointer_words
+from mergekit_ace.recipe.sources import looks_local
+
+# What a merge reads beside weights, and copies into its output unread.
+_SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_FETCH_AGAIN = "Download or copy it again; a file may be missing or cut short."
+
+
+def check_files(recipe: Recipe) -> Iterator[Finding]:
+    """Models and adapters that are not there, and files of theirs that are damaged, each with its model's name."""
+    seen: set[ModelPath] = set()
+    for model in in_recipe_order(recipe.config):
+        if model.model not in seen:
+            seen.add(model.model)
+            yield from _check_model(model)
+        if model.lora is not None and model.lora not in seen:
+            seen.add(model.lora)
+            yield from _check_adapter(model)
+
+
+def check_file_of_tensors(file: Path) -> Iterator[Finding]:
+    """One file of tensors, as mergekit-pytorch takes it."""
+    if not file.is_file():
+        yield Finding(level="error", what=f"the model {file} must be a file; there is none", remedy="Check its path.")
+        return
+    try:
+        read_file(file)
+    except READING as error:
+        yield Finding(level="error", what=message_of(error), remedy=_FETCH_AGAIN)
+
+
+def _check_model(model: ModelReference) -> Iterator[Finding]:
+    folder = Path(model.model.path)
+    if folder.is_dir():
+        yield from _check_folder(folder)
+    elif folder.exists():
+        yield Finding(
+            level="error",
+            what=f"the model {folder} must be a folder; it is a file",
+            remedy="Name the folder of a model, or run mergekit-pytorch, which takes single files.",
+        )
+    elif looks_local(model.model.path):
+        yield Finding(
+            level="error", what=f"the model {folder} must be a folder; there is none", remedy="Check its path."
+        )
+    else:
+        yield Finding(
+            level="hint",
+            what=f"{model.model} is not on this disk; mergekit takes it from its cache or downloads it",
+            remedy="Nothing to do, if it is the name of a model on the Hugging Face Hub.",
+        )
+
+
+def _check_folder(folder: Path) -> Iterator[Finding]:
+    configuration = folder / "config.json"
+    if not configuration.is_file():
+        yield Finding(
+            level="error", what=f"{folder} must hold config.json; it does not", remedy="Complete the checkpoint."
+        )
+    elif pointer_words(configuration) is None:
+        yield from _check_json(folder, configuration)
+    for name in _SMALL_FILES:
+        if (words := pointer_words(folder / name)) is not None:
+            yield Finding(level="error", what=f"{folder}: {folder / name} is no {name}; {words}", remedy=_FETCH_AGAIN)
+    try:
+        read_folder(folder)
+    except READING as error:
+        others = "" if "Unable to find model files" not in str(error) else _other_weights(folder)
+        yield Finding(level="error", what=f"{folder} cannot be read: {message_of(error)}{others}", remedy=_FETCH_AGAIN)
+
+
+def _check_json(folder: Path, file: Path) -> Iterator[Finding]:
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        yield Finding(
+            level="error", what=f"{folder}: {file} must be JSON; {message_of(error)}", remedy="Copy it again."
+        )
+
+
+def _other_weights(folder: Path) -> str:
+    """What a folder without the names that mergekit knows has in their place."""
+    files = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.suffix in (".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".ckpt")
+    )
+    if not files:
+        return ""
+    if any(name in _ADAPTER_FILES for name in files):
+        return f"; it holds {', '.join(files[:3])}: an adapter, which is written BASE+{folder}"
+    return (
+        f"; it holds {', '.join(files[:3])}, and mergekit reads model.safetensors, pytorch_model.bin, or shards with "
+        "an index of those names"
+    )
+
+
+def _check_adapter(model: ModelReference) -> Iterator[Finding]:
+    assert model.lora is not None
+    folder = Path(model.lora.path)
+    if not folder.is_dir():
+        if looks_local(model.lora.path) or folder.exists():
+            yield Finding(
+                level="error",
+                what=f"the adapter {folder} of {model} must be a folder; there is none",
+                remedy="Check its path.",
+            )
+        return
+    files = [folder / name for name in _ADAPTER_FILES if (folder / name).is_file()]
+    if not (folder / "adapter_config.json").is_file() or not files:
+        lacking = "adapter_config.json" if files else " or ".join(_ADAPTER_FILES)
+        yield Finding(
+            level="error",
+            what=f"the adapter {folder} of {model} must hold {lacking}; it does not",
+            remedy="Name the folder that save_pretrained of peft has written.",
+        )
+    if (words := pointer_words(folder / "adapter_config.json")) is not None:
+        yield Finding(
+            level="error",
+            what=f"{model}: {folder / 'adapter_config.json'} is no configuration; {words}",
+            remedy=_FETCH_AGAIN,
+        )
+    for file in files[:1]:
+        try:
+            read_file(file)
+        except READING as error:
+            yield Finding(level="error", what=f"{model}: {message_of(error)}", remedy=_FETCH_AGAIN)

@@ -1,0 +1,40 @@
+"""What must hold before a merge or an inspection starts, found without reading a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from mergekit.options import MergeOptions
+
+from mergekit_ace.recipe.failures import RecipeError
+from mergekit_ace.recipe.files import check_files
+from mergekit_ace.recipe.findings import Finding
+from mergekit_ace.recipe.paths import check_paths
+from mergekit_ace.recipe.plan import Recipe
+from mergekit_ace.recipe.quantized import check_quantization
+
+
+def require_sound_inputs(recipe: Recipe, options: MergeOptions) -> Sequence[Finding]:
+    """Stop where the merge would fail half-way or merge other numbers than the recipe asks for.
+
+    Args:
+        recipe: what will be merged.
+        options: of the command.
+
+    Returns:
+        The warnings.
+
+    Raises:
+        RecipeError: with everything that stops it, one line each.
+    """
+    findings = list(_findings(recipe, options))
+    errors = [f"{finding.what}. {finding.remedy}" for finding in findings if finding.level == "error"]
+    if errors:
+        raise RecipeError("\n".join(errors))
+    return [finding for finding in findings if finding.level == "warning"]
+
+
+def _findings(recipe: Recipe, options: MergeOptions) -> Iterator[Finding]:
+    yield from check_paths(recipe.document)
+    yield from check_files(recipe)
+    yield from check_quantization(recipe)

@@ -1,0 +1,143 @@
+"""Files that are damaged, or pointers to what was not fetched: every command names the file and its model."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from mergekit_ace.cli import main
+from tests.checkpoints import Suite, Update, add_adapter, make_suite, read_tensors
+from tests.checkpoints.storage import Storage
+from tests.report.recipes import document, write
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
+
+
+@pytest.fixture(scope="module")
+def suites(tmp_path_factory: pytest.TempPathFactory) -> dict[Storage, Suite]:
+    storages: tuple[Storage, ...] = ("safetensors", "sharded", "pickle")
+    return {
+        storage: make_suite(
+            "llama",
+            tmp_path_factory.mktemp(storage.replace(" ", "")),
+            experts=2,
+            storage=storage,
+            update=Update.EVEN,
+            scale=0.05,
+        )
+        for storage in storages
+    }
+
+
+def halve(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def point(file: Path) -> None:
+    file.write_text(POINTER)
+
+
+def promise(file: Path) -> None:
+    """Have an index promise a tensor that its shard lacks."""
+    index = json.loads(file.read_text())
+    index["weight_map"]["model.norm.bias"] = next(iter(index["weight_map"].values()))
+    file.write_text(json.dumps(index))
+
+
+# What is wrong: storage, file (the first that matches), how it is spoiled, words of the error.
+DAMAGE: dict[str, tuple[Storage, str, Callable[[Path], Any], str]] = {
+    "pointer": ("safetensors", "model.safetensors", point, "is a Git LFS pointer: a text of"),
+    "pointer to a shard": ("sharded", "*00002-of*.safetensors", point, "of 4,976,698,672 bytes"),
+    "pointer to an index": ("sharded", "*.index.json", point, "git lfs pull"),
+    "pointer to a pickle": ("pickle", "pytorch_model.bin", point, "git lfs pull"),
+    "pointer to a configuration": ("safetensors", "config.json", point, "git lfs pull"),
+    "pointer to a tokenizer": ("safetensors", "tokenizer.json", point, "git lfs pull"),
+    "cut": ("safetensors", "model.safetensors", halve, "must be a whole safetensors file"),
+    "cut shard": ("sharded", "*00002-of*.safetensors", halve, "must be a whole safetensors file"),
+    "cut pickle": ("pickle", "pytorch_model.bin", halve, "must be a whole"),
+    "cut configuration": ("safetensors", "config.json", halve, "must be JSON"),
+    "empty": ("safetensors", "model.safetensors", lambda file: file.write_bytes(b""), "must be a whole safetensors"),
+    "no shard": ("sharded", "*00002-of*.safetensors", Path.unlink, "No such file"),
+    "no index": ("sharded", "*.index.json", Path.unlink, "it holds model-00001-of"),
+    "an index without a map": ("sharded", "*.index.json", lambda file: file.write_text("{}"), "JSON with a weight_map"),
+    "an index that promises too much": ("sharded", "*.index.json", promise, "lacks model.norm.bias"),
+}
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(main, [*map(str, arguments)])
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
+    return result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "damage"), [*(("merge", damage) for damage in DAMAGE), ("check", "cut shard"), ("inspect", "pointer")]
+)
+def test_a_damaged_file_is_named_with_its_expert(
+    damage: str, command: str, suites: dict[Storage, Suite], tmp_path: Path
+) -> None:
+    storage, pattern, spoil, words = DAMAGE[damage]
+    suite = suites[storage]
+    expert = Path(shutil.copytree(suite.experts[0].path, tmp_path / "expert"))
+    (expert / "tokenizer.json").touch()
+    (file,) = list(expert.glob(pattern))[:1]
+    spoil(file)
+    recipe = write(document(suite, models=[{"model": str(expert)}]), tmp_path / "recipe.yml")
+    output = run(command, recipe, *([tmp_path / "out"] if command == "merge" else []))
+    assert str(expert) in output
+    assert words in output
+    if damage not in ("no index", "an index that promises too much"):  # the folder and the shard are named
+        assert str(file) in output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "words"),
+    [
+        ("adapter_model.safetensors", point, "git lfs pull"),
+        ("adapter_model.safetensors", halve, "must be a whole safetensors file"),
+        ("adapter_model.safetensors", Path.unlink, "must hold adapter_model.safetensors or adapter_model.bin"),
+        ("adapter_config.json", point, "git lfs pull"),
+        ("adapter_config.json", Path.unlink, "must hold adapter_config.json"),
+    ],
+)
+def test_a_damaged_adapter_is_named(
+    name: str, spoil: Callable[[Path], Any], words: str, suites: dict[Storage, Suite], tmp_path: Path
+) -> None:
+    suite = suites["safetensors"]
+    adapter = add_adapter(suite.base.path, tmp_path / "adapter", rank=2, targets=["q_proj"])
+    spoil(adapter / name)
+    recipe = write(document(suite, models=[{"model": f"{suite.base.path}+{adapter}"}]), tmp_path / "recipe.yml")
+    output = run("merge", recipe, tmp_path / "out", "--lora-merge-cache", tmp_path / "cache")
+    assert str(adapter) in output
+    assert words in output
+    assert not (tmp_path / "cache").exists()
+
+
+def test_every_damaged_expert_is_named_in_one_run(suites: dict[Storage, Suite], tmp_path: Path) -> None:
+    suite = suites["safetensors"]
+    experts = [Path(shutil.copytree(expert.path, tmp_path / expert.path.name)) for expert in suite.experts]
+    halve(experts[0] / "model.safetensors")
+    point(experts[1] / "model.safetensors")
+    models = [{"model": str(expert)} for expert in experts]
+    output = run("merge", write(document(suite, models=models), tmp_path / "recipe.yml"), tmp_path / "out")
+    assert all(str(expert / "model.safetensors") in output for expert in experts)
+
+
+def test_what_an_index_does_not_list_does_not_count(suites: dict[Storage, Suite], tmp_path: Path) -> None:
+    """mergekit reads what the index lists; a tensor that only a shard knows is not there for it."""
+    suite = suites["sharded"]
+    expert = Path(shutil.copytree(suite.experts[0].path, tmp_path / "expert"))
+    file = expert / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert name in read_tensors(expert)
+    del index["weight_map"][name]
+    file.write_text(json.dumps(index))
+    output = run("check", write(document(suite, models=[{"model": str(expert)}]), tmp_path / "recipe.yml"))
+    assert f"{expert} lacks {name}" in output

@@ -27,24 +27,56 @@ class Treatment:
 
 
 # Tables looked up by an index, and heads that score the vocabulary. Where mergekit gives no vocabulary axis (position
-# and token-type tables, mergekit-pytorch, calls from Python) the name is all there is: its last component, whole.
-_TABLE = re.compile(r"^(?:.+_)?emb(?:ed(?:ding)?s?)?(?:_.+)?$|^(?:wte|wpe|shared|relative_attention_bias|lm_head)$")
-_NOT_A_TABLE = re.compile(r"_(?:proj|project|projection|norm|ln)$")
-_HEAD = re.compile(r"^(?:model\.)?(?:output|proj_out)$|(?:^|\.)(?:lm_head|predictions)\.decoder$")
+# and token-type tables, mergekit-pytorch, calls from Python) the name is all there is. Held against the modules of
+# every architecture that transformers builds: tests/zoo/test_treatments.py.
+_TABLE_WORDS = {"emb", "embd", "embed", "embeds", "embedding", "embeddings", "embedder", "table", "codebook"}
+_TABLE_NAMES = re.compile(
+    r"wte|wpe|shared|relative_attention_bias|bias_values|pe_k|reference_points|quer(?:y|ies)_feat(?:ure)?s?"
+    r"|(?:\w+_)?tokens?|HashBucketCodepointEmbedder_\d+"
+)
+# Beside a word for tables these tell a linear map: one of embeddings, or one that embeds what is no index, unless it
+# is of positions (`patch_embed`, but `patch_position_embeddings`).
+_MAP_WORDS = {
+    *("proj", "project", "projection", "projector", "dense", "linear", "mapping", "transformation"),
+    "norm",
+    "ln",
+}
+_NO_INDEX_WORDS = {"patch", "decoder", "predictor", "return", "state", "action", "unitseq"}
+_POSITION_WORDS = {"pos", "position", "positions", "positional"}
+_MAP_NAMES = {"class_embed", "enc_out_class_embed", "relative_pos_embeddings", "vision_embed_tokens", "inner2emb"}
+_HEAD = re.compile(
+    r"^(?:model\.)?(?:output|proj_out)$|^(?:decoder|transformer\.w)$|(?:^|\.)output_projection$|(?:^|[._])(?:head|predictions)\.decoder$"
+    r"|(?:^|[._])lm_head(?:s\.\d+|\.out_proj)?$|(?:^|\.)(?:lm_loss|vocab_projector|pred_layer\.proj)$"
+)
 _STACKED_EXPERTS = re.compile(r"(?:^|[._])experts?(?:[._]|$)")
 _STATE_MATRIX = re.compile(r"(?:^|\.)A_log$")
 _TEXT_PROJECTION = re.compile(r"(?:^|\.)text_projection(?:\.weight)?$")
 # Constants that some checkpoints carry as floating-point tensors; -1e9 in float16 is an infinity that means no harm.
-_BUFFER = re.compile(r"(?:^|\.)(?:masked_bias|inv_freq)$")
+_BUFFER = re.compile(
+    r"(?:^|[._])(?:masked_bias|inv_freq|(?:cos|sin)_cached|freqs_cis|position_ids|position_angles|eye)$"
+    r"|(?:^|\.)(?:weight|bias)_integer$"
+)
+# Vectors of one kind side by side: biases of heads or experts, learned queries, offsets looked up by a distance.
+_VECTORS = re.compile(
+    r"(?:^|[._])(?:bias(?:es)?(?:_[uv])?|latents(?:_\dd)?|latent_query|pointer|rel_pos_[hw]|position_enc|pos_encoding)$"
+    r"|\.(?:query|scale|log_scale|translate|D)$|(?:^|[._])norm\.(?:scale|shift)\.weight$"
+)
 
 
 def is_embedding(name: str, vocabulary_axis: int | None) -> bool:
     """Whether a tensor is an embedding table (token, position, token type) or a head that scores the vocabulary."""
     if vocabulary_axis is not None:
         return True
-    owner = name.removesuffix(".weight")
-    last = owner.rpartition(".")[2]
-    return _HEAD.search(owner) is not None or (_TABLE.match(last) is not None and _NOT_A_TABLE.search(last) is None)
+    owner = name.removesuffix(".weight").removesuffix(".weights")
+    path, _, last = owner.rpartition(".")
+    if last.isdigit():  # one of a list of tables
+        last = path.rpartition(".")[2]
+    if _HEAD.search(owner) is not None:
+        return True
+    words = set(re.split(r"_|\d+", last))
+    if last in _MAP_NAMES or words & _MAP_WORDS or (words & _NO_INDEX_WORDS and not words & _POSITION_WORDS):
+        return False
+    return bool(words & _TABLE_WORDS) or _TABLE_NAMES.fullmatch(last) is not None
 
 
 def treatment(
@@ -74,6 +106,8 @@ def treatment(
         return Treatment(kind="base", reason="empty")
     if _STATE_MATRIX.search(name):
         return Treatment(kind="average", reason="state-space decay rates, not a linear map")
+    if len(shape) == 2 and _VECTORS.search(name) is not None:
+        return Treatment(kind="average", reason="vectors side by side, not a linear map")
     stacked = len(shape) == 3 and _STACKED_EXPERTS.search(name) is not None
     if (stacked or len(shape) == 2) and matrices != "method":
         return Treatment(kind=matrices, reason=f"matrix (matrices: {matrices})")

@@ -1,0 +1,130 @@
+"""A tensor's treatment by its name alone, against the module that owns it, over what transformers and mergekit know."""
+
+import json
+import re
+from importlib import resources
+
+import pytest
+
+from mergekit_ace.policy import is_embedding, treatment
+from tests.zoo.owners import Owned, owned, read
+
+ROWS = read()
+
+# Parameters without a module of their own that a model multiplies its inputs by.
+MAPS = re.compile(
+    r"(?:^|\.)(?:in_proj_weight|weight_[ih]h_l\d|mm_input_projection_weight|prompts_visual_projection|w_g|(?:hc_)?fn"
+    r"|rel_logits_proj\.proj|relative_position_bias\.proj|(?:gate|router)\.weight)$"
+)
+# What a name cannot tell, and which way the treatment errs. A linear map that is averaged is merged as most methods
+# merge it; a head of a vocabulary that is solved as a matrix is one all the same.
+AVERAGED_MAPS = {
+    # CLIP's is averaged as published; other models' is called the same.
+    *(row.name for row in ROWS if row.name.endswith("text_projection.weight")),
+    "encoder.embedder.input_embedding.weight",  # patchtst: of a window of numbers
+    "output.weight",  # pe_audio_encoder: of no vocabulary, where Mistral's own checkpoints have their head
+    "model.vision_tokenizer.quantize.embedding.weight",  # apertus1p5: a codebook
+}
+SOLVED_HEADS = re.compile(r"(?:^|\.)head\.weight$|^model\.audio_tower\.proj2\.weight$|\.mlp\.2\.weight$")
+
+
+def wrong(row: Owned) -> str | None:
+    """What is wrong with the treatment of a tensor; None where it is right."""
+    kind = treatment(row.name, row.shape).kind
+    table = is_embedding(row.name, None)
+    if row.owner == "head":
+        return None if table or SOLVED_HEADS.search(row.name) else "a head is no table"
+    if row.owner == "embedding":
+        return None if kind == "average" else f"a table is {kind}"
+    if row.owner == "linear" or (len(row.shape) == 2 and row.owner == "parameter" and MAPS.search(row.name)):
+        # Heads of a vocabulary without a table, or a small one, are heads all the same.
+        if kind == "matrix" or row.shape[0] == 1 or re.search(r"head(?:\.decoder|s\.\d+)?\.weight$", row.name):
+            return None
+        return None if row.name in AVERAGED_MAPS else f"a linear map is {kind}"
+    return f"{row.owner} is {kind}" if kind == "matrix" else None
+
+
+def test_every_tensor_of_transformers_is_treated_as_its_module_asks() -> None:
+    assert len(ROWS) > 1500
+    assert len({row.architecture for row in ROWS}) > 200
+    assert [(error, str(row)) for row in ROWS if (error := wrong(row))] == []
+
+
+# Of each kind: decoders, encoders, mixtures, vision, audio, recurrent ones, and those of the reports.
+BUILT = (
+    "albert",
+    "bart",
+    "clip",
+    "gpt2",
+    "gpt_oss",
+    "llama",
+    "mamba",
+    "mixtral",
+    "roberta",
+    "sam",
+    "swin",
+    "t5",
+    "whisper",
+)
+
+
+@pytest.mark.parametrize("architecture", BUILT)
+def test_and_so_is_what_this_transformers_builds(architecture: str) -> None:
+    rows = list(owned(architecture))
+    assert rows
+    assert [(error, str(row)) for row in rows if (error := wrong(row))] == []
+
+
+def test_every_table_of_mergekits_architectures_is_one() -> None:
+    folder = resources.files("mergekit") / "_data" / "architectures"
+    named: dict[str, bool] = {}
+
+    def collect(node: object) -> None:
+        if isinstance(node, dict):
+            if isinstance(node.get("name"), str) and node["name"].endswith("weight"):
+                named.setdefault(node["name"].replace("${layer_index}", "0"), False)
+                named[node["name"].replace("${layer_index}", "0")] |= bool(node.get("is_embed"))
+            for child in node.values():
+                collect(child)
+        elif isinstance(node, list):
+            for child in node:
+                collect(child)
+
+    for file in folder.iterdir():
+        if file.name.endswith(".json"):
+            collect(json.loads(file.read_text(encoding="utf-8")))
+    assert len(named) > 300
+    tables = {name for name in named if is_embedding(name, None)}
+    assert {name for name, is_table in named.items() if is_table} <= tables
+    last = {name.removesuffix(".weight").rpartition(".")[2] for name in tables}
+    assert last == {
+        *("embed_tokens", "tok_embeddings", "word_embeddings", "embeddings", "wte", "embed_in", "shared"),
+        *("position_embeddings", "token_type_embeddings", "embed_positions", "wpe", "relative_attention_bias"),
+        *("position_embedding", "pos_embed", "lm_head", "embed_out", "output", "decoder"),
+        "vocab_projector",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "kind"),
+    [
+        ("swin.encoder.layers.0.blocks.0.attention.self.relative_position_bias_table", (169, 3), "average"),
+        ("model.layers.0.self_attn.rotary_emb.cos_cached", (2048, 64), "buffer"),
+        ("model.layers.0.self_attn.rotary_emb.sin_cached", (1, 1, 2048, 64), "buffer"),
+        ("model.rotary_emb.original_inv_freq", (64,), "buffer"),
+        ("albert.encoder.embedding_hidden_mapping_in.weight", (768, 128), "matrix"),
+        ("vit.embeddings.patch_embedding.weight", (768, 588), "matrix"),
+        ("vit.embeddings.patch_position_embeddings.weight", (196, 768), "average"),
+        ("decoder.decoder_embed.weight", (512, 768), "matrix"),
+        ("decoder.decoder_pos_embed", (197, 512), "average"),
+        ("model.layers.0.mlp.experts.down_proj_bias", (32, 2880), "average"),
+        ("model.layers.0.mlp.experts.down_proj", (32, 2880, 2880), "stack"),
+        ("model.layers.0.self_attn.query.weight", (64, 64), "matrix"),
+        ("model.projector.query", (256, 64), "average"),
+        ("", (8, 8), "matrix"),
+    ],
+)
+@pytest.mark.parametrize("matrices", ["method", "base"])
+def test_names_of_reports(name: str, shape: tuple[int, ...], kind: str, matrices: str) -> None:
+    wanted = "base" if kind in ("matrix", "stack") and matrices == "base" else kind
+    assert treatment(name, shape, matrices=matrices).kind == wanted  # type: ignore[arg-type]

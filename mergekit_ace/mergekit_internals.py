@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from mergekit.architecture import WeightInfo, get_architecture_info
+from mergekit.architecture import ConfiguredModuleArchitecture, WeightInfo, get_architecture_info
 from mergekit.architecture.conversion import can_convert_checkpoint_keys, convert_checkpoint_tensors
 from mergekit.card import CARD_TEMPLATE, method_md
 from mergekit.common import ModelReference
@@ -38,6 +38,7 @@ from pydantic import BaseModel
 __all__ = [
     "CARD_TEMPLATE",
     "BuildTokenizer",
+    "ConfiguredModuleArchitecture",
     "ExecuteMergeMethodTask",
     "FinalizeModel",
     "GatherTensors",

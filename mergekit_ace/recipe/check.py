@@ -20,6 +20,7 @@ from mergekit_ace.recipe.plan import Plan, Recipe, planned, read_recipe
 from mergekit_ace.recipe.quantized import check_quantization
 from mergekit_ace.recipe.spelling import check_filters, check_keys, check_method, check_parameters
 from mergekit_ace.recipe.tensors import check_precision, check_tensors, check_treatments
+from mergekit_ace.recipe.unused import check_unused
 from mergekit_ace.recipe.vocabularies import check_tokenizers
 
 
@@ -84,6 +85,7 @@ def _obstacles(recipe: Recipe, options: MergeOptions) -> Iterator[Finding]:
 def _of_plan(plan: Plan) -> Iterator[Finding]:
     yield from check_filters(plan)
     yield from check_tensors(plan)
+    yield from check_unused(plan)
     yield from check_precision(plan)
     yield from check_treatments(plan)
     yield from check_kinship(plan)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from mergekit_ace import register
 from mergekit_ace.mergekit_internals import (
     BuildTokenizer,
+    ConfiguredModuleArchitecture,
     ExecuteMergeMethodTask,
     LoaderCache,
     LoadTensor,
@@ -37,6 +38,7 @@ from mergekit_ace.mergekit_internals import (
     TokenizerInfo,
     align_dtype,
     can_convert_checkpoint_keys,
+    convert_checkpoint_tensors,
     execution_order,
     get_architecture_info,
     in_recipe_order,
@@ -153,6 +155,11 @@ class PlannedTensor:
         source = self._sources[model]
         return find_header(self._plan.headers(model), source.tensor, source.aliases, source.tied_names)
 
+    def stored_names(self, model: ModelReference) -> frozenset[str]:
+        """What the tensor is made of in a model's files: one name, its other names too, or those that are converted."""
+        source = self._sources[model]
+        return self._plan.stored_names(model, source.tensor, source.aliases, source.tied_names)
+
     def is_converted(self, model: ModelReference) -> bool:
         """Whether mergekit makes the tensor from others when it reads the checkpoint, so no header knows it."""
         names = set(self._plan.headers(model))
@@ -253,6 +260,44 @@ class Plan:
         if model not in self._headers:
             self._headers[model] = read_headers(self._loaders.get(model).index)
         return self._headers[model]
+
+    def stored_names(
+        self, model: ModelReference, name: str, aliases: Sequence[str] | None, tied_names: Sequence[str] | None
+    ) -> frozenset[str]:
+        """Names in a model's files of what mergekit makes a tensor of; empty where it has none."""
+        headers = self.headers(model)
+        direct = frozenset(known for known in (name, *(aliases or ()), *(tied_names or ())) if known in headers)
+        if direct:
+            return direct
+        read: set[str] = set()
+
+        def empty(stored: str) -> torch.Tensor:
+            read.add(stored)
+            return torch.empty(headers[stored].shape, dtype=headers[stored].dtype, device="meta")
+
+        for target in (name, *(aliases or ())):
+            sources = {stored: partial(empty, stored) for stored in headers}
+            if convert_checkpoint_tensors(self.model_type(model), sources, target) is not None:
+                break
+        return frozenset(read)
+
+    def left_out(self, model: ModelReference) -> frozenset[str]:
+        """What a recipe of slices does not take of a model on purpose; empty for one that merges whole models."""
+        config = self.recipe.config
+        parts = {name for name, module in (config.modules or {}).items() if module.slices}
+        modules = (
+            self.architecture.modules if config.slices else {name: self.architecture.modules[name] for name in parts}
+        )
+        names: set[str] = set()
+        for module in modules.values():
+            configured = ConfiguredModuleArchitecture(
+                info=module.architecture,
+                config=model.config(trust_remote_code=self.options.trust_remote_code),
+                weight_prefix=module.weight_prefix,
+            )
+            for weight in configured.all_weights():
+                names |= self.stored_names(model, weight.name, weight.aliases, weight.tied_names)
+        return frozenset(names)
 
     def model_type(self, model: ModelReference) -> str:
         """`model_type` of a model's configuration."""

@@ -10,6 +10,7 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from mergekit_ace.mergekit_internals import in_recipe_order
+from mergekit_ace.recipe.adapter_fit import check_fit
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.plan import Recipe
 from mergekit_ace.recipe.sources import read_json
@@ -24,6 +25,7 @@ def check_adapters(recipe: Recipe, options: MergeOptions) -> Iterator[Finding]:
         if model.lora is not None:
             yield from _check_settings(model, options)
             yield from _check_base(model)
+            yield from check_fit(model, options)
 
 
 def _check_settings(model: ModelReference, options: MergeOptions) -> Iterator[Finding]:

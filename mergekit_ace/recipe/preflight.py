@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from mergekit.options import MergeOptions
 
+from mergekit_ace.recipe.adapter_fit import check_fit
 from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.files import check_files
 from mergekit_ace.recipe.findings import Finding
@@ -27,14 +28,16 @@ def require_sound_inputs(recipe: Recipe, options: MergeOptions) -> Sequence[Find
     Raises:
         RecipeError: with everything that stops it, one line each.
     """
-    findings = list(_findings(recipe, options))
+    findings = list(_of_files(recipe))
+    if not any(finding.level == "error" for finding in findings):
+        findings += [finding for model in recipe.config.referenced_models() for finding in check_fit(model, options)]
     errors = [f"{finding.what}. {finding.remedy}" for finding in findings if finding.level == "error"]
     if errors:
         raise RecipeError("\n".join(errors))
     return [finding for finding in findings if finding.level == "warning"]
 
 
-def _findings(recipe: Recipe, options: MergeOptions) -> Iterator[Finding]:
+def _of_files(recipe: Recipe) -> Iterator[Finding]:
     yield from check_paths(recipe.document)
     yield from check_files(recipe)
     yield from check_quantization(recipe)

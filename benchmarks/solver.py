@@ -27,7 +27,7 @@ from benchmarks.speed.tables import (
     targets_table,
 )
 from benchmarks.speed.timing import race
-from mergekit_ace.layer.workload import by_stacked_rows
+from mergekit_ace.matrix.workload import by_stacked_rows
 from mergekit_ace.methods.catalogue import METHODS
 
 RESULTS = Path(__file__).parent / "results"

@@ -8,15 +8,17 @@ symmetry used, no sums, no solve.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from benchmarks.speed.layers import Layer
-from mergekit_ace.layer.covariance_methods import ACE
-from mergekit_ace.layer.merge import merge_by_covariance
-from mergekit_ace.layer.options import CovarianceOptions
-from mergekit_ace.layer.task_vectors import Expert, TaskVectors
+from mergekit_ace.matrix.expert import Expert
+from mergekit_ace.matrix.merge import merge_by_covariance
+from mergekit_ace.matrix.options import Gate
+from mergekit_ace.matrix.presets import ACE, ACE_PUBLISHED, with_epsilon
+from mergekit_ace.matrix.task_vectors import TaskVectors
 from tests.reference import AceOptions, ace, iso_c, iso_cts, tsv_m, wudi_adam
 
 Merge = Callable[[], Tensor]
@@ -24,9 +26,10 @@ Merge = Callable[[], Tensor]
 # What the authors set for RoBERTa. At the updates' real size their other value, 1e-2, exceeds every eigenvalue of the
 # system: any solver would look exact.
 EPSILON = 1e-5
+PUBLISHED = with_epsilon(ACE_PUBLISHED, EPSILON)
 OPTIONS = {
-    "homogeneous": CovarianceOptions(epsilon=EPSILON, heterogeneity_threshold=math.inf),
-    "heterogeneous": CovarianceOptions(epsilon=EPSILON, heterogeneity_threshold=0.0),
+    "homogeneous": replace(PUBLISHED, gate=Gate(statistic="published", threshold=math.inf)),
+    "heterogeneous": replace(PUBLISHED, gate=None),
     "default": ACE,
 }
 """The published method's two branches, by a threshold that no layer exceeds and one that every layer does; and what

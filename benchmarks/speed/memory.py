@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.speed.contenders import ours
 from benchmarks.speed.layers import Shape, fine_tuned, parse_shape
-from mergekit_ace.layer.workload import working_numbers
+from mergekit_ace.matrix.workload import working_numbers
 
 PROJECT = Path(__file__).resolve().parents[2]
 _RESET = Path("/proc/self/clear_refs")

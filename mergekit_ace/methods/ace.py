@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal
 
-from mergekit_ace.layer.covariance_methods import ACE, ACE_PUBLISHED
-from mergekit_ace.layer.merge import LayerMerge, merge_by_covariance
-from mergekit_ace.layer.options import CovarianceOptions
-from mergekit_ace.layer.task_vectors import TaskVectors
+from mergekit_ace.matrix.merge import MatrixMerge, merge_by_covariance
+from mergekit_ace.matrix.options import Bounds, CovarianceOptions, Gate, LengthBound, SpectralRefinement
+from mergekit_ace.matrix.presets import ACE, ACE_PUBLISHED
+from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.methods.parameters import Fraction, Positive, Threshold, parameter
 
 Preset = Literal["preset"]
 
 PRESETS: Mapping[str, CovarianceOptions] = {"default": ACE, "published": ACE_PUBLISHED}
+_LENGTH_BOUNDS: Mapping[object, LengthBound] = {False: "none", True: "orthogonal", "auto": "end_to_end"}
 
 
 class Ace(LayerwiseMethod):
     """ACE-Merging: least interference under each expert's own estimated input covariance.
 
     `preset: published` is the paper's method at its program's epsilon. The default differs in what it takes from the
-    task vectors instead of from a person: see `mergekit_ace.layer.covariance_methods.ACE`.
+    task vectors instead of from a person: see `mergekit_ace.matrix.presets.ACE`.
 
     Source: Xu et al., "ACE-Merging: Data-Free Model Merging with Adaptive Covariance Estimation", CVPR 2026,
     arXiv:2603.02945.
@@ -99,11 +100,29 @@ class Ace(LayerwiseMethod):
     )
 
     def options(self, parameters: Mapping[str, Any]) -> CovarianceOptions:
-        """The layer's options: the preset's, with what the recipe gives in their place."""
-        known = {field.name for field in fields(CovarianceOptions)}
-        given = {name: value for name, value in parameters.items() if name in known and value != "preset"}
-        return replace(PRESETS[parameters["preset"]], **given)
+        """The options of one matrix: the preset's, with what the recipe gives in their place."""
+        preset = PRESETS[parameters["preset"]]
 
-    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> LayerMerge:
+        def given(name: str, otherwise: Any) -> Any:
+            return otherwise if parameters[name] == "preset" else parameters[name]
+
+        gate = preset.gate or Gate(statistic="scale_free", threshold=0.0)
+        threshold = given("heterogeneity_threshold", gate.threshold)
+        refinement = preset.refinement or SpectralRefinement(fraction=0.0)
+        return replace(
+            preset,
+            second_moment=replace(preset.second_moment, epsilon=given("epsilon", preset.second_moment.epsilon)),
+            # A threshold of 0 is no gate: every matrix, also one whose experts are equally strong.
+            gate=Gate(statistic=given("heterogeneity", gate.statistic), threshold=threshold) if threshold else None,
+            structural_prior=given("structural_prior", preset.structural_prior),
+            refinement=replace(refinement, fraction=given("spectral_fraction", refinement.fraction)),
+            bounds=Bounds(
+                retention=given("retention_bound", preset.bounds.retention),
+                length=_LENGTH_BOUNDS.get(parameters["length_bound"], preset.bounds.length),
+            ),
+            correlation_threshold=given("correlation_threshold", preset.correlation_threshold),
+        )
+
+    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
         """One matrix by ACE."""
         return merge_by_covariance(task_vectors, self.options(parameters))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from mergekit_ace.layer.covariance_methods import ACTMAT
-from mergekit_ace.layer.merge import LayerMerge, merge_by_covariance
-from mergekit_ace.layer.task_vectors import TaskVectors
+from mergekit_ace.matrix.merge import MatrixMerge, merge_by_covariance
+from mergekit_ace.matrix.presets import ACTMAT, with_epsilon
+from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.methods.parameters import RIDGE
 
@@ -26,6 +25,6 @@ class Actmat(LayerwiseMethod):
     reference_url = "https://arxiv.org/abs/2604.01329"
     own_parameters = (RIDGE,)
 
-    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> LayerMerge:
+    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
         """One matrix by ACTMat."""
-        return merge_by_covariance(task_vectors, replace(ACTMAT, epsilon=parameters["epsilon"]))
+        return merge_by_covariance(task_vectors, with_epsilon(ACTMAT, parameters["epsilon"]))

@@ -6,8 +6,8 @@ import logging
 import threading
 from collections.abc import Iterator
 
-from mergekit_ace.layer.merge import LayerMerge
 from mergekit_ace.linalg.precision import squared_norm
+from mergekit_ace.matrix.merge import MatrixMerge
 
 LOG = logging.getLogger("mergekit_ace")
 
@@ -20,7 +20,7 @@ LARGE = 0.2
 and models whose layers changed by more lost accuracy (README)."""
 
 
-def causes(layer: LayerMerge, longest_update: float, *, weight_norm: float, scale: float) -> Iterator[tuple[str, str]]:
+def causes(layer: MatrixMerge, longest_update: float, *, weight_norm: float, scale: float) -> Iterator[tuple[str, str]]:
     """What is wrong with a layer's merge, as (cause, message without the layer's name).
 
     Args:
@@ -43,7 +43,7 @@ def causes(layer: LayerMerge, longest_update: float, *, weight_norm: float, scal
             f"epsilon is {layer.ridge:.2g} times the mean eigenvalue of the second moments and drowns them: the layer "
             "is all but averaged. Set epsilon: auto, or a smaller one",
         )
-    if layer.uncorrelated:
+    if layer.averaged == 1:
         yield (
             "correlation",
             f"the experts' second moments correlate by {layer.correlation:.2g} only and say nothing of the inputs, as "

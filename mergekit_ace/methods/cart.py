@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergekit_ace.layer.cart import merge_centered_low_rank
-from mergekit_ace.layer.merge import LayerMerge
-from mergekit_ace.layer.task_vectors import TaskVectors
+from mergekit_ace.matrix.merge import MatrixMerge
+from mergekit_ace.matrix.peers.cart import merge_centered_low_rank
+from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.methods.parameters import Fraction, Number, parameter
 
@@ -44,12 +44,12 @@ class Cart(LayerwiseMethod):
         description="scale of the deviations that are added to the average",
     )
 
-    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> LayerMerge:
+    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
         """One matrix by CART."""
         merged = merge_centered_low_rank(
             task_vectors, rank_fraction=parameters["rank_fraction"], scale=parameters["lambda"]
         )
-        return LayerMerge(task_vector=merged)
+        return MatrixMerge(task_vector=merged)
 
     def scale(self, parameters: Mapping[str, Any]) -> float:
         """1: `lambda` is applied inside, to the deviations alone."""

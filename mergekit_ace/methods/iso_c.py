@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergekit_ace.layer.isotropic import merge_isotropic
-from mergekit_ace.layer.merge import LayerMerge
-from mergekit_ace.layer.task_vectors import TaskVectors
+from mergekit_ace.matrix.merge import MatrixMerge
+from mergekit_ace.matrix.peers.isotropic import merge_isotropic
+from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 
 
@@ -26,6 +26,6 @@ class IsoC(LayerwiseMethod):
     pretty_name = "Iso-C"
     reference_url = "https://arxiv.org/abs/2502.04959"
 
-    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> LayerMerge:
+    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
         """One matrix by Iso-C."""
-        return LayerMerge(task_vector=merge_isotropic(task_vectors))
+        return MatrixMerge(task_vector=merge_isotropic(task_vectors))

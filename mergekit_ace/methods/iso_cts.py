@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergekit_ace.layer.isotropic import merge_isotropic_subspaces
-from mergekit_ace.layer.merge import LayerMerge
-from mergekit_ace.layer.task_vectors import TaskVectors
+from mergekit_ace.matrix.merge import MatrixMerge
+from mergekit_ace.matrix.peers.isotropic import merge_isotropic_subspaces
+from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.methods.parameters import Fraction, parameter
 
@@ -37,7 +37,7 @@ class IsoCts(LayerwiseMethod):
         ),
     )
 
-    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> LayerMerge:
+    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
         """One matrix by Iso-CTS."""
         merged = merge_isotropic_subspaces(task_vectors, common_fraction=parameters["common_fraction"])
-        return LayerMerge(task_vector=merged)
+        return MatrixMerge(task_vector=merged)

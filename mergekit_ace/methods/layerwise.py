@@ -18,11 +18,13 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
-from mergekit_ace.layer.diagnostics import diagnostics
-from mergekit_ace.layer.merge import LayerMerge
-from mergekit_ace.layer.task_vectors import Expert, TaskVectors, mean_task_vector, require_finite_base
 from mergekit_ace.linalg.blocks import blocks
 from mergekit_ace.linalg.precision import all_finite, squared_norm
+from mergekit_ace.matrix.averaging import mean_task_vector
+from mergekit_ace.matrix.diagnostics import diagnostics
+from mergekit_ace.matrix.expert import Expert, require_finite_base
+from mergekit_ace.matrix.merge import MatrixMerge
+from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.advice import OnceEach, causes
 from mergekit_ace.methods.device_failures import named, on_device_or_cpu
 from mergekit_ace.methods.matrices import Matrix, inputs_last, matrices, weighted_experts
@@ -80,7 +82,7 @@ class LayerwiseMethod(GroupMergeMethod):
         return super()._execute_resolved(groups, *args, **kwargs)
 
     @abstractmethod
-    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> LayerMerge:
+    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
         """Merge the task vectors of one `[m, n]` weight, inputs last; `parameters` holds `own_parameters` by name.
 
         Asked for two experts or more; `scale` is applied to the result.

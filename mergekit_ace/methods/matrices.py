@@ -9,7 +9,7 @@ from typing import Any
 from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
-from mergekit_ace.layer.task_vectors import Expert
+from mergekit_ace.matrix.expert import Expert
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mergekit_ace.layer.merge import LayerMerge
-from mergekit_ace.layer.task_vectors import TaskVectors
-from mergekit_ace.layer.tsv import merge_task_singular_vectors
+from mergekit_ace.matrix.merge import MatrixMerge
+from mergekit_ace.matrix.peers.task_singular_vectors import merge_task_singular_vectors
+from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 
 
@@ -25,6 +25,6 @@ class TsvM(LayerwiseMethod):
     pretty_name = "TSV-Merge"
     reference_url = "https://arxiv.org/abs/2412.00081"
 
-    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> LayerMerge:
+    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
         """One matrix by TSV-Merge."""
-        return LayerMerge(task_vector=merge_task_singular_vectors(task_vectors))
+        return MatrixMerge(task_vector=merge_task_singular_vectors(task_vectors))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal
 
-from mergekit_ace.layer.covariance_methods import WUDI
-from mergekit_ace.layer.merge import LayerMerge, merge_by_covariance
-from mergekit_ace.layer.task_vectors import TaskVectors
-from mergekit_ace.layer.wudi_adam import descend_interference
+from mergekit_ace.matrix.merge import MatrixMerge, merge_by_covariance
+from mergekit_ace.matrix.peers.wudi_adam import descend_interference
+from mergekit_ace.matrix.presets import WUDI, with_epsilon
+from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.methods.parameters import RIDGE, Count, Positive, parameter
 
@@ -57,11 +56,11 @@ class Wudi(LayerwiseMethod):
         ),
     )
 
-    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> LayerMerge:
+    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
         """One matrix by WUDI."""
         if parameters["solver"] == "closed_form":
-            return merge_by_covariance(task_vectors, replace(WUDI, epsilon=parameters["epsilon"]))
+            return merge_by_covariance(task_vectors, with_epsilon(WUDI, parameters["epsilon"]))
         merged = descend_interference(
             task_vectors, steps=parameters["steps"], learning_rate=parameters["learning_rate"]
         )
-        return LayerMerge(task_vector=merged)
+        return MatrixMerge(task_vector=merged)

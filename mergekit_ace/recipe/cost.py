@@ -11,8 +11,8 @@ import torch
 from mergekit.common import dtype_from_name
 from rich.filesize import decimal
 
-from mergekit_ace.layer.workload import averaging_bytes, multiply_adds, working_numbers
 from mergekit_ace.linalg.precision import working_dtype
+from mergekit_ace.matrix.workload import averaging_bytes, multiply_adds, working_numbers
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.plan import Plan, PlannedTensor

@@ -13,10 +13,11 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_ace import __version__
-from mergekit_ace.layer.diagnostics import diagnostics
-from mergekit_ace.layer.merge import LayerMerge
-from mergekit_ace.layer.options import CovarianceOptions
-from mergekit_ace.layer.task_vectors import Expert, TaskVectors, require_finite_base
+from mergekit_ace.matrix.diagnostics import diagnostics
+from mergekit_ace.matrix.expert import Expert, require_finite_base
+from mergekit_ace.matrix.merge import MatrixMerge
+from mergekit_ace.matrix.options import CovarianceOptions
+from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.ace import Ace
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.methods.matrices import matrices, weighted_experts
@@ -132,13 +133,13 @@ def _matrix(
     mode: Mode,
 ) -> LayerReport:
     measured = measure_norms(task_vectors, _gated(method, parameters))
-    layer = replace(layer, left_out=left_out(task_vectors, experts))
+    layer = replace(layer, left_out=left_out(task_vectors))
     if mode == "full" and len(task_vectors):
         with diagnostics():
             merge = (
                 method.merge_matrix(task_vectors, parameters)
                 if len(task_vectors) > 1
-                else LayerMerge(task_vector=task_vectors.task_vector(0))
+                else MatrixMerge(task_vector=task_vectors.task_vector(0))
             )
         measured = measure_merge(measured, task_vectors, merge, method.scale(parameters))
         if len(task_vectors) > 1:
@@ -162,7 +163,7 @@ def _unsolved(layer: LayerReport, treated: Treatment, base: Tensor, experts: Seq
         layer,
         branch=changed if averaged else "base",
         experts=expert_reports(task_vectors, task_vectors.energies),
-        left_out=left_out(task_vectors, columns),
+        left_out=left_out(task_vectors),
     )
 
 
@@ -175,7 +176,7 @@ def _foreign(layer: LayerReport, method: str, group: TensorGroup) -> LayerReport
     return replace(
         layer,
         experts=expert_reports(task_vectors, task_vectors.energies),
-        left_out=left_out(task_vectors, experts),
+        left_out=left_out(task_vectors),
     )
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mergekit_ace.layer.task_vectors import TaskVectors
 from mergekit_ace.linalg.symmetric import gram
+from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.report.model import Interference
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mergekit_ace.layer.heterogeneity import heterogeneity
-from mergekit_ace.layer.merge import LayerMerge
-from mergekit_ace.layer.options import CovarianceOptions
-from mergekit_ace.layer.ridge import Regularized, fixed_ridge, relative_ridge
-from mergekit_ace.layer.task_vectors import Expert, TaskVectors
 from mergekit_ace.linalg.precision import squared_norm
+from mergekit_ace.matrix.decision import heterogeneity
+from mergekit_ace.matrix.merge import MatrixMerge
+from mergekit_ace.matrix.options import CovarianceOptions
+from mergekit_ace.matrix.second_moment import RegularizedMoment, fixed_ridge, relative_ridge
+from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.report.interference import losses
 from mergekit_ace.report.model import Branch, ExpertReport, Gate, LeftOut, Merged
 from mergekit_ace.report.spectrum import effective_rank, singular_values, thinned, top_energy
@@ -54,20 +54,23 @@ def measure_norms(task_vectors: TaskVectors, options: CovarianceOptions | None) 
     measured = Measured(branch="method", experts=experts, heterogeneity=published, heterogeneity_scale_free=scale_free)
     if options is None:
         return measured
-    gate = Gate(statistic=options.heterogeneity, threshold=options.heterogeneity_threshold)
-    heterogeneous = options.is_heterogeneous({"published": published, "scale_free": scale_free}[gate.statistic])
-    measured = replace(measured, branch="heterogeneous" if heterogeneous else "homogeneous", gate=gate)
-    if options.epsilon == "auto":  # needs the second moments themselves
+    heterogeneous = None
+    if options.gate is not None:
+        gate = Gate(statistic=options.gate.statistic, threshold=options.gate.threshold)
+        heterogeneous = {"published": published, "scale_free": scale_free}[gate.statistic] > gate.threshold
+        measured = replace(measured, branch="heterogeneous" if heterogeneous else "homogeneous", gate=gate)
+    moment = options.second_moment
+    if moment.epsilon == "auto":  # needs the second moments themselves
         return measured
-    own = traces if options.center_second_moment else list(task_vectors.energies)
+    own = traces if moment.centered else list(task_vectors.energies)
     if not all(own):
         return measured
-    normalize = {"never": False, "heterogeneous": heterogeneous, "always": True}[options.trace_normalization]
-    proxies = [fixed_ridge(options.epsilon, trace=trace, normalize=normalize) for trace in own]
+    normalize = moment.trace_normalized and heterogeneous is not False
+    proxies = [fixed_ridge(moment.epsilon, trace=trace, normalize=normalize) for trace in own]
     return with_ridge(measured, proxies, task_vectors.shares, task_vectors)
 
 
-def measure_merge(measured: Measured, task_vectors: TaskVectors, layer: LayerMerge, scale: float) -> Measured:
+def measure_merge(measured: Measured, task_vectors: TaskVectors, layer: MatrixMerge, scale: float) -> Measured:
     """Add what takes the solve and the spectra.
 
     Args:
@@ -76,8 +79,8 @@ def measure_merge(measured: Measured, task_vectors: TaskVectors, layer: LayerMer
         layer: its merge, made within `diagnostics()`.
         scale: `lambda`.
     """
-    if layer.regularized:
-        measured = with_ridge(measured, layer.regularized, task_vectors.shares, task_vectors)
+    if layer.moments:
+        measured = with_ridge(measured, layer.moments, task_vectors.shares, task_vectors)
     merged = layer.task_vector * scale
     experts = []
     for t, (expert, loss) in enumerate(zip(measured.experts, losses(task_vectors, merged), strict=True)):
@@ -93,21 +96,21 @@ def measure_merge(measured: Measured, task_vectors: TaskVectors, layer: LayerMer
         )
     return replace(
         measured,
-        branch="uncorrelated" if layer.uncorrelated else measured.branch,
+        branch="uncorrelated" if layer.averaged == 1 else measured.branch,
         experts=tuple(experts),
         condition=layer.condition,
         refined_directions=layer.refinement.directions if layer.refinement else None,
-        effective_experts=layer.effective_experts,
-        shortening=layer.shortening if layer.heterogeneity is not None and not layer.uncorrelated else None,
+        effective_experts=layer.decision.effective_experts if layer.decision else None,
+        shortening=layer.scale_factor if layer.decision is not None and layer.averaged < 1 else None,
         retention=layer.retention,
-        low_rank=layer.low_rank,
+        low_rank=None if layer.decision is None or layer.decision.low_rank is None else layer.decision.low_rank > 0,
         correlation=layer.correlation,
         merged=_merged(task_vectors, merged, layer, scale),
     )
 
 
 def with_ridge(
-    measured: Measured, proxies: Sequence[Regularized], shares: Sequence[float], task_vectors: TaskVectors
+    measured: Measured, proxies: Sequence[RegularizedMoment], shares: Sequence[float], task_vectors: TaskVectors
 ) -> Measured:
     """Add the relative ridge of the system and of each expert's second moment."""
     n = task_vectors.shape[1]
@@ -132,16 +135,12 @@ def expert_reports(task_vectors: TaskVectors, traces: Sequence[float]) -> tuple[
     )
 
 
-def left_out(task_vectors: TaskVectors, experts: Sequence[Expert]) -> tuple[LeftOut, ...]:
-    """The experts that have no say, and why."""
-    return tuple(
-        LeftOut(expert=expert.name, reason="weight 0" if expert.weight == 0 else "equal to the base here")
-        for expert in experts
-        if not any(expert is kept for kept in task_vectors.experts)
-    )
+def left_out(task_vectors: TaskVectors) -> tuple[LeftOut, ...]:
+    """The experts that have no part in the merge, and why."""
+    return tuple(LeftOut(expert=expert, reason=reason) for expert, reason in task_vectors.left_out.items())
 
 
-def _merged(task_vectors: TaskVectors, merged: Tensor, layer: LayerMerge, scale: float) -> Merged:
+def _merged(task_vectors: TaskVectors, merged: Tensor, layer: MatrixMerge, scale: float) -> Merged:
     values = singular_values(merged)
     before = None
     if layer.refinement is not None:

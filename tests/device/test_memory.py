@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mergekit_ace.layer import workload
 from mergekit_ace.linalg import blocks as module
 from mergekit_ace.linalg.blocks import LARGEST_BLOCK, blocks
 from mergekit_ace.linalg.precision import all_finite, inner_product, squared_norm
+from mergekit_ace.matrix import workload
 from tests.device.pretended import AVAILABLE, PretendedAccelerator
 from tests.family.cases import cases, drawn
 

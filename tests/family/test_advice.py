@@ -8,10 +8,10 @@ from mergekit.merge_methods.api import merge_state_dicts
 from torch import Tensor
 
 import mergekit_ace
-from mergekit_ace.layer.merge import LayerMerge
-from mergekit_ace.layer.refinement import Refinement
+from mergekit_ace.matrix.merge import MatrixMerge
+from mergekit_ace.matrix.refinement import Refinement
 from mergekit_ace.methods.advice import OnceEach, causes
-from tests.layer.experts import adapter_updates, related_updates
+from tests.matrix.experts import adapter_updates, related_updates
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -74,7 +74,7 @@ def test_the_remedy_for_large_updates_helps(length_bound: object, most: int, cap
 def test_a_refinement_that_dominates_is_named() -> None:
     update = torch.eye(4)
     refinement = Refinement(directions=1, level=8.0, norm=8.0, update=update)
-    layer = LayerMerge(task_vector=update, refinement=refinement)
+    layer = MatrixMerge(task_vector=update, refinement=refinement)
     ((cause, message),) = causes(layer, 2.0, weight_norm=100.0, scale=1.0)
     assert cause == "refinement"
     assert "4 times the longest expert's update" in message
@@ -82,4 +82,4 @@ def test_a_refinement_that_dominates_is_named() -> None:
 
 
 def test_a_base_of_zeros_has_no_norm_to_compare_with() -> None:
-    assert list(causes(LayerMerge(task_vector=torch.eye(4)), 1.0, weight_norm=0.0, scale=1.0)) == []
+    assert list(causes(MatrixMerge(task_vector=torch.eye(4)), 1.0, weight_norm=0.0, scale=1.0)) == []

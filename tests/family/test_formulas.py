@@ -10,9 +10,10 @@ from mergekit.merge_methods.api import merge_tensors
 from torch import Tensor
 
 import mergekit_ace
-from mergekit_ace.layer.covariance_methods import ACTMAT, WUDI
-from mergekit_ace.layer.merge import merge_by_covariance
-from mergekit_ace.layer.task_vectors import Expert, TaskVectors
+from mergekit_ace.matrix.expert import Expert
+from mergekit_ace.matrix.merge import merge_by_covariance
+from mergekit_ace.matrix.presets import ACTMAT, WUDI
+from mergekit_ace.matrix.task_vectors import TaskVectors
 from tests.family.cases import drawn
 from tests.reference import actmat, cart, iso_c, iso_cts, tsv_m, wudi_adam, wudi_closed_form
 

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from mergekit_ace.layer.task_vectors import TaskVectors
 from mergekit_ace.linalg.subspace import dominant_subspace, polar_factor, rounding_floor, singular_triples
+from mergekit_ace.matrix.task_vectors import TaskVectors
 
 
 def merge_isotropic(task_vectors: TaskVectors) -> Tensor:

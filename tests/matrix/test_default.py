@@ -6,14 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mergekit_ace.layer.adapters import are_low_rank
-from mergekit_ace.layer.agreement import effective_experts
-from mergekit_ace.layer.covariance_methods import ACE
-from mergekit_ace.layer.merge import merge_by_covariance
-from mergekit_ace.layer.options import CovarianceOptions
-from mergekit_ace.layer.task_vectors import Expert, TaskVectors
-from tests.layer.experts import adapter_updates, layer, related_updates, steep_updates
+from mergekit_ace.matrix.bounds import effective_experts
+from mergekit_ace.matrix.decision import low_rank_share
+from mergekit_ace.matrix.expert import Expert
+from mergekit_ace.matrix.merge import merge_by_covariance
+from mergekit_ace.matrix.options import Bounds, CovarianceOptions, SecondMoment
+from mergekit_ace.matrix.presets import ACE, ACE_PUBLISHED
+from mergekit_ace.matrix.task_vectors import TaskVectors
+from tests.matrix.experts import adapter_updates, layer, related_updates, steep_updates
 
+ORTHOGONAL = Bounds(retention=True, length="orthogonal")
 SHAPES = [(30, 50), (50, 30), (40, 40), (20, 200), (5, 1)]
 
 
@@ -54,44 +56,48 @@ FULL_RANK = [related_updates(20, 90, 3), related_updates(30, 300, 4)]
 
 
 @pytest.mark.parametrize("updates", FULL_RANK)
-def test_no_louder_on_the_experts_inputs_than_they_are(updates: list[torch.Tensor]) -> None:
+def test_the_mean_response_is_at_most_the_experts_own(updates: list[torch.Tensor]) -> None:
     task_vectors = layer(updates)
     merged = merge_by_covariance(task_vectors, ACE)
-    assert merged.low_rank is False
+    assert merged.decision is not None
+    assert merged.decision.low_rank == 0
     assert merged.retention is not None
     assert merged.retention > 1
-    assert merged.shortening <= 1 / merged.retention
+    assert merged.scale_factor <= 1 / merged.retention
     own = kept = 0.0
-    for update, proxy in zip(updates, merged.regularized, strict=True):
+    for update, proxy in zip(updates, merged.moments, strict=True):
         moment = proxy.scale * update.T @ update + proxy.ridge * torch.eye(update.shape[1], dtype=torch.float64)
         own += float(((update @ moment) * update).sum())
         kept += float(((merged.task_vector @ moment) * update).sum())
-    assert kept / own == pytest.approx(merged.retention * merged.shortening, rel=1e-6)
+    assert kept / own == pytest.approx(merged.retention * merged.scale_factor, rel=1e-6)
     assert kept / own <= 1 + 1e-9
 
 
 @pytest.mark.parametrize("updates", FULL_RANK)
 def test_a_length_bound_keeps_to_the_reach_of_the_independent_updates(updates: list[torch.Tensor]) -> None:
     task_vectors = layer(updates)
-    merged = merge_by_covariance(task_vectors, replace(ACE, length_bound=True))
-    assert merged.effective_experts is not None
-    longest = math.sqrt(merged.effective_experts * sum(task_vectors.energies) / len(task_vectors))
+    merged = merge_by_covariance(task_vectors, replace(ACE, bounds=ORTHOGONAL))
+    assert merged.decision is not None
+    assert merged.decision.effective_experts is not None
+    longest = math.sqrt(merged.decision.effective_experts * sum(task_vectors.energies) / len(task_vectors))
     assert torch.linalg.norm(merged.task_vector) <= longest * (1 + 1e-9)
-    assert merged.shortening < 1
+    assert merged.scale_factor < 1
 
 
 def test_updates_of_low_rank_are_held_nearer_to_the_base() -> None:
     updates = [left @ right for left, right in zip(steep_updates(80, 6, 3), related_updates(6, 96, 3), strict=True)]
     task_vectors = layer(updates)
     energy = sum(task_vectors.energies) / len(task_vectors)
-    told = merge_by_covariance(task_vectors, replace(ACE, correlation_threshold=0.0, length_bound=True))
+    told = merge_by_covariance(task_vectors, replace(ACE, correlation_threshold=0.0, bounds=ORTHOGONAL))
     merged = merge_by_covariance(task_vectors, replace(ACE, correlation_threshold=0.0))
-    assert merged.low_rank
-    assert merged.effective_experts is not None
-    assert torch.linalg.norm(merged.task_vector) <= math.sqrt(merged.effective_experts**0.5 * energy) * (1 + 1e-9)
+    assert merged.decision is not None
+    assert merged.decision.low_rank == 1
+    assert merged.decision.effective_experts is not None
+    longest = math.sqrt(merged.decision.effective_experts**0.5 * energy)
+    assert torch.linalg.norm(merged.task_vector) <= longest * (1 + 1e-9)
     # what a warning recommends must not lengthen the merge
     torch.testing.assert_close(told.task_vector, merged.task_vector, rtol=0, atol=0)
-    for proxy in merged.regularized:
+    for proxy in merged.moments:
         identity = proxy.ridge * 96
         assert identity / (identity + proxy.scale * proxy.trace) >= 0.95 - 1e-9
 
@@ -104,9 +110,9 @@ def test_rank_is_found_under_the_rounding_of_bfloat16(rank: int) -> None:
         Expert(name=str(t), tensor=(base + (0.02 * base.float().norm() / update.norm() * update).float()).bfloat16())
         for t, update in enumerate(adapters)
     ]
-    assert are_low_rank(TaskVectors(base, experts))
+    assert low_rank_share(TaskVectors(base, experts)) == 1
     # twelve of 96 directions are counted as few
-    assert not are_low_rank(layer(adapter_updates(128, 96, 3, rank=60)))
+    assert low_rank_share(layer(adapter_updates(128, 96, 3, rank=60))) == 0
 
 
 def test_independent_updates_are_counted() -> None:
@@ -125,7 +131,7 @@ def test_opposite_experts_cancel() -> None:
     assert torch.linalg.norm(merged) < 1e-9 * torch.linalg.norm(update)
 
 
-@pytest.mark.parametrize("options", [ACE, CovarianceOptions(), CovarianceOptions(heterogeneity_threshold=0.0)])
+@pytest.mark.parametrize("options", [ACE, ACE_PUBLISHED, replace(ACE_PUBLISHED, gate=None)])
 def test_updates_without_a_centered_second_moment_are_not_lost(options: CovarianceOptions) -> None:
     rows = torch.randn(2, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     task_vectors = layer([row.expand(20, 30) for row in rows], base_scale=0.0)
@@ -138,7 +144,7 @@ def test_updates_without_a_centered_second_moment_are_not_lost(options: Covarian
 def test_row_spaces_by_chance_are_averaged(updates: list[torch.Tensor]) -> None:
     task_vectors = layer(updates)
     merged = merge_by_covariance(task_vectors, ACE)
-    assert merged.uncorrelated
+    assert merged.averaged == 1
     assert merged.correlation is not None
     assert merged.correlation < 0.05
     torch.testing.assert_close(merged.task_vector, sum(updates) / len(updates), rtol=0, atol=1e-9)
@@ -150,9 +156,7 @@ def test_correlation_is_that_of_all_pairs(shape: tuple[int, int], weights: list[
     updates = related_updates(*shape, 3, spread=2.0)
     task_vectors = weighted(updates, weights)
     # A ridge of zero extent, so that the weights of the pairs are the experts' own.
-    options = replace(
-        ACE, epsilon=1e-12, refinement="never", length_bound=False, retention_bound=False, refinement_scale="full"
-    )
+    options = replace(ACE, second_moment=SecondMoment(epsilon=1e-12), refinement=None, bounds=Bounds())
     n = shape[1]
     moments = [update.T @ update / update.square().sum() - torch.eye(n, dtype=torch.float64) / n for update in updates]
     pairs = [(s, t) for s in range(3) for t in range(3) if s != t]

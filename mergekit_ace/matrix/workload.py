@@ -1,4 +1,4 @@
-"""What a layer's merge takes, by its shape alone: the bounds of its memory, the count of its arithmetic."""
+"""What a matrix's merge takes, by its shape alone: the bounds of its memory, the count of its arithmetic."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mergekit_ace.linalg.precision import working_dtype
 
 
 def by_stacked_rows(m: int, n: int, experts: int) -> bool:
-    """Whether full fine-tunes of this shape have fewer rows together than the layer has inputs."""
+    """Whether full fine-tunes of this shape have fewer rows together than the matrix has inputs."""
     return experts * m < n
 
 

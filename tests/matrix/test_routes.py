@@ -1,27 +1,30 @@
 """The two routes to the same solution: the [n, n] system, and the rows that all task vectors have together."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from mergekit_ace.layer import merge
-from mergekit_ace.layer.dense_system import solve_dense
-from mergekit_ace.layer.merge import merge_by_covariance
-from mergekit_ace.layer.options import CovarianceOptions
-from mergekit_ace.layer.row_factors import row_factors
-from mergekit_ace.layer.workload import by_stacked_rows, multiply_adds, working_numbers
-from tests.layer.experts import adapter_updates, in_float64, layer, steep_updates
+from mergekit_ace.matrix import merge
+from mergekit_ace.matrix.dense import assemble_dense
+from mergekit_ace.matrix.merge import merge_by_covariance
+from mergekit_ace.matrix.options import CovarianceOptions, SecondMoment
+from mergekit_ace.matrix.presets import ACE_PUBLISHED
+from mergekit_ace.matrix.row_factors import row_factors
+from mergekit_ace.matrix.workload import by_stacked_rows, multiply_adds, working_numbers
+from tests.matrix.experts import adapter_updates, in_float64, layer, steep_updates
 from tests.reference.ace import AceOptions, ace
 
-PUBLISHED = CovarianceOptions()
+PUBLISHED = ACE_PUBLISHED
+CENTERED, PLAIN = SecondMoment(centered=True), SecondMoment(trace_normalized=False)
 VARIANTS = [
     PUBLISHED,
-    CovarianceOptions(trace_normalization="always", refinement="always"),
-    CovarianceOptions(epsilon="auto", center_numerator=False, structural_prior=False, refinement="always"),
-    CovarianceOptions(epsilon="auto", center_second_moment=False, center_numerator=False, refinement="never"),
-    CovarianceOptions(epsilon="auto", trace_normalization="always", center_numerator=False),
+    replace(PUBLISHED, gate=None),
+    replace(PUBLISHED, second_moment=CENTERED, structural_prior=False, gate=None),
+    CovarianceOptions(second_moment=PLAIN),
+    CovarianceOptions(second_moment=SecondMoment(), structural_prior=True),
 ]
 LAYERS: dict[str, Callable[[], list[Tensor]]] = {
     "wide": lambda: steep_updates(40, 300, 4, spread=2.0),
@@ -32,14 +35,14 @@ LAYERS: dict[str, Callable[[], list[Tensor]]] = {
 
 
 def by_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge, "solve", solve_dense)
+    monkeypatch.setattr(merge, "assemble", assemble_dense)
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=range(len(VARIANTS)))
 @pytest.mark.parametrize("kind", LAYERS)
 def test_both_routes_agree(kind: str, options: CovarianceOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     task_vectors = layer(LAYERS[kind]())
-    factors = row_factors(task_vectors, center=options.center_second_moment)
+    factors = row_factors(task_vectors, center=options.second_moment.centered)
     assert factors is not None
     assert len(factors.rows) < task_vectors.shape[1]
     few_rows = merge_by_covariance(task_vectors, options)
@@ -65,7 +68,7 @@ def test_adapters_in_float32_are_seen_through_their_rounding() -> None:
     factors = row_factors(task_vectors, center=True)
     assert factors is not None
     assert len(factors.rows) <= 3 * 17
-    options = CovarianceOptions(spectral_fraction=0.0)
+    options = replace(PUBLISHED, refinement=None)
     merged = merge_by_covariance(task_vectors, options).task_vector.double()
     exact = ace(in_float64(task_vectors), AceOptions(spectral_fraction=0.0))
     # The difference of two float32 weights of size 0.1 is itself known to no more than that.

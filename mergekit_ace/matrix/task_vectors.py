@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from mergekit_ace.linalg.blocks import blocks
-from mergekit_ace.linalg.precision import all_finite, require_full_float32, squared_norm, working_dtype
-
-
-@dataclass(frozen=True, kw_only=True)
-class Expert:
-    """One expert's tensor in a layer.
-
-    Attributes:
-        name: how messages call it.
-        tensor: `[m, n]` (or any shape for `mean_task_vector`), dtype and device of the base; borrowed, never modified.
-        weight: its weight in the objective, `>= 0`; only ratios between experts matter. 0 leaves it out.
-    """
-
-    name: str
-    tensor: Tensor
-    weight: float = 1.0
+from mergekit_ace.linalg.precision import require_full_float32, squared_norm, working_dtype
+from mergekit_ace.matrix.expert import Expert, difference, require_finite_update, voting_experts
+from mergekit_ace.matrix.storage import expected_rounding_energy, storage_floors
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateStatistics:
-    """What one pass over an expert's task vector `D = 1 mu + C` says, in float64."""
+    """What one pass over an expert's task vector `D = 1 mu + C` gives, in float64."""
 
     energy: float
     """`||D||_F^2`."""
@@ -40,26 +28,27 @@ class UpdateStatistics:
 
 
 class TaskVectors:
-    """The experts of one layer that carry information in it, and their task vectors `D_t = expert - base` on demand.
+    """The experts that carry information in one matrix, and their task vectors `D_t = expert - base` on demand.
 
     Differences are taken in the working dtype: bfloat16 checkpoints differ from their base in the last bits, and a
     difference rounded to bfloat16 would keep 8 bits of an 8-bit number.
 
-    An expert carries information when `||D_t||_F > eps ||base||_F`, `eps` of the working dtype: less is what storing
-    the same weights in another format leaves (float16 rounds the smallest bfloat16 numbers), and a trace-normalized
-    ridge would turn it into the loudest voice of all.
+    An expert carries information when `||D_t||_F^2` exceeds the energy of rounding: `(eps ||base||_F)^2` with `eps` of
+    the working dtype, and `||storage(base) - base||_F^2` where the expert was rounded to a coarser format than the base
+    (a bfloat16 copy of a float32 base). Less is what storing the same weights in another format leaves, and trace
+    normalization would give it the weight of an update.
 
     Args:
         base: `[m, n]`.
         experts: of the base's shape, dtype and device. Those of weight 0, and those without information, are left out.
-        name: the layer's name, for messages.
+        name: the tensor's name, for messages.
 
     Raises:
         ValueError: when a tensor holds NaN or infinity, a weight is negative or not finite, or no weight is positive.
         RuntimeError: the process runs float32 products in reduced precision, and every method takes products of these.
     """
 
-    def __init__(self, base: Tensor, experts: Sequence[Expert], *, name: str = "the layer") -> None:
+    def __init__(self, base: Tensor, experts: Sequence[Expert], *, name: str = "the matrix") -> None:
         require_full_float32(base.device)
         self.name = name
         self.base = base
@@ -67,9 +56,16 @@ class TaskVectors:
         candidates = voting_experts(experts, name=name)
         heaviest = max(expert.weight for expert in candidates)
         statistics, summed_energy = _measure(base, candidates, heaviest, self.dtype, name)
-        noise = _storage_noise(base, self.dtype) if any(measured.energy > 0 for measured in statistics) else 0.0
-        informative = [pair for pair in zip(candidates, statistics, strict=True) if pair[1].energy > noise]
-        self.left_out = tuple(expert.name for expert in experts if not any(expert is kept for kept, _ in informative))
+        reasons = _without_information(base, candidates, statistics, self.dtype)
+        self.left_out: Mapping[str, str] = {expert.name: "weight 0" for expert in experts if expert.weight == 0} | {
+            expert.name: reason for expert, reason in zip(candidates, reasons, strict=True) if reason is not None
+        }
+        """Name of every expert that has no part in the merge, and why."""
+        informative = [
+            (expert, measured)
+            for expert, measured, reason in zip(candidates, statistics, reasons, strict=True)
+            if reason is None
+        ]
         self.experts = tuple(expert for expert, _ in informative)
         self.statistics = tuple(measured for _, measured in informative)
         weights = math.fsum(expert.weight for expert in self.experts)
@@ -94,14 +90,26 @@ class TaskVectors:
 
     @property
     def rounding(self) -> float:
-        """Singular values up to this say nothing in a task vector: weights are rounded where they are stored.
+        """Largest singular value that rounding alone gives a task vector: weights are rounded where they are stored.
 
         `eps / 2 * rms(base) * (sqrt(m) + sqrt(n))`, `eps` of the working dtype: above the largest singular value of
         `[m, n]` independent rounding errors.
         """
         m, n = self.shape
-        rms = math.sqrt(squared_norm(self.base) / (m * n))
-        return torch.finfo(self.dtype).eps / 2 * rms * (math.sqrt(m) + math.sqrt(n))
+        return torch.finfo(self.dtype).eps / 2 * self.base_norm / math.sqrt(m * n) * (math.sqrt(m) + math.sqrt(n))
+
+    @cached_property
+    def base_norm(self) -> float:
+        """`||base||_F`."""
+        return math.sqrt(squared_norm(self.base))
+
+    def rounding_energy(self, t: int) -> float:
+        """Energy that rounding to the stored format is expected to have added to `D_t`."""
+        return expected_rounding_energy(self.base, self.experts[t].tensor)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros of a shape, in the working dtype, on the device of the base."""
+        return self.base.new_zeros(shape, dtype=self.dtype)
 
     def without_copies(self) -> tuple[TaskVectors, tuple[int, ...]]:
         """Every expert once, with the summed weight of its exact copies; and which of them each expert here became."""
@@ -132,62 +140,33 @@ class TaskVectors:
 
     def sum(self) -> Tensor:
         """`sum_t a_t D_t`, `[m, n]`, working dtype, with the shares `a_t`."""
-        total = self.base.new_zeros(self.shape, dtype=self.dtype)
+        total = self.zeros(*self.shape)
         for t, share in enumerate(self.shares):
             total.add_(self.task_vector(t), alpha=share)
         return total
 
-
-def _storage_noise(base: Tensor, dtype: torch.dtype) -> float:
-    """`(eps ||base||_F)^2`, the energy below which a difference says nothing."""
-    return torch.finfo(dtype).eps ** 2 * squared_norm(base)
-
-
-def voting_experts(experts: Sequence[Expert], *, name: str) -> list[Expert]:
-    """The experts of positive weight.
-
-    Raises:
-        ValueError: when a weight is negative or not finite, or none is positive.
-    """
-    for expert in experts:
-        if not (math.isfinite(expert.weight) and expert.weight >= 0):
-            raise ValueError(
-                f"{name}: parameter weight of expert {expert.name} must be a finite number of at least 0; "
-                f"got {expert.weight}"
-            )
-    voting = [expert for expert in experts if expert.weight > 0]
-    if not voting:
-        raise ValueError(
-            f"{name}: parameter weight must be positive for at least one expert; got 0 for all of "
-            f"{', '.join(expert.name for expert in experts)}"
-        )
-    return voting
+    def mean(self) -> Tensor:
+        """`sum_t a_t D_t / T`, `[m, n]`, working dtype."""
+        return self.sum().div_(len(self))
 
 
-def difference(tensor: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor - base` in `dtype`, new storage, one buffer of that size and no second one."""
-    widened = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    return widened.sub_(base)
-
-
-def mean_task_vector(base: Tensor, experts: Sequence[Expert], *, name: str) -> Tensor:
-    """`sum_t w_t D_t / sum_t w_t`, any shape, working dtype: how tensors that are not matrices are merged.
-
-    Raises:
-        ValueError: as `TaskVectors`.
-    """
-    voting = voting_experts(experts, name=name)
-    dtype = working_dtype(base.dtype)
-    total = torch.zeros_like(base, dtype=dtype, memory_format=torch.contiguous_format)
-    weights = math.fsum(expert.weight for expert in voting)
-    for expert in voting:
-        squares = base.new_zeros((), dtype=torch.float64)
-        for ours, theirs, sums in zip(blocks(base), blocks(expert.tensor), blocks(total), strict=True):
-            update = difference(theirs, ours, dtype)
-            squares += update.double().square().sum()
-            sums.add_(update, alpha=expert.weight / weights)
-        _require_finite(float(squares), base, expert, name)
-    return total
+def _without_information(
+    base: Tensor, experts: Sequence[Expert], statistics: Sequence[UpdateStatistics], dtype: torch.dtype
+) -> list[str | None]:
+    """Why each expert's update carries no information; None where it does."""
+    if not any(measured.energy > 0 for measured in statistics):
+        return ["equal to the base here"] * len(experts)
+    working = torch.finfo(dtype).eps ** 2 * squared_norm(base)
+    floors = storage_floors(base, [expert.tensor for expert in experts])
+    reasons: list[str | None] = []
+    for measured, (floor, storage) in zip(statistics, floors, strict=True):
+        if measured.energy <= working:
+            reasons.append("equal to the base here")
+        elif measured.energy <= floor:
+            reasons.append(f"differs from the base here by rounding to {str(storage).removeprefix('torch.')} only")
+        else:
+            reasons.append(None)
+    return reasons
 
 
 # Rows that differ by no more than this share of their energy are equal as far as float32 differences can tell.
@@ -197,7 +176,7 @@ _EQUAL_ROWS = 1e-12
 def _measure(
     base: Tensor, experts: Sequence[Expert], heaviest: float, dtype: torch.dtype, name: str
 ) -> tuple[list[UpdateStatistics], float]:
-    """What each expert's update says, and `||sum_t w_t D_t / heaviest||_F^2`, in one pass and no buffer.
+    """The statistics of each expert's update, and `||sum_t w_t D_t / heaviest||_F^2`, in one pass and no buffer.
 
     Not divided by the sum of the weights: experts without information would change its rounding.
     """
@@ -218,36 +197,9 @@ def _measure(
     statistics = []
     of_means = row_sums.square().sum(dim=1) / max(1, m)
     for expert, energy, of_mean in zip(experts, squares.tolist(), of_means.tolist(), strict=True):
-        _require_finite(energy, base, expert, name)
+        require_finite_update(energy, base, expert, name=name)
         centered = energy - of_mean
         statistics.append(
             UpdateStatistics(energy=energy, centered_energy=centered if centered > _EQUAL_ROWS * energy else 0.0)
         )
     return statistics, float(summed_square)
-
-
-def require_finite_base(base: Tensor, *, name: str) -> None:
-    """Refuse a base that holds NaN or infinity, where it is copied and not subtracted from.
-
-    Raises:
-        ValueError: naming the tensor.
-    """
-    if not all_finite(base):
-        raise ValueError(_not_finite(name, "the base"))
-
-
-def _require_finite(norm: float, base: Tensor, expert: Expert, name: str) -> None:
-    if math.isfinite(norm):
-        return
-    # The norm of finite values in float64 cannot overflow, so one of the two holds NaN or infinity; say which.
-    culprit = "the base" if not all_finite(base) else f"expert {expert.name}"
-    if culprit != "the base" and all_finite(expert.tensor):
-        culprit = f"the difference of expert {expert.name} and the base"
-    raise ValueError(_not_finite(name, culprit))
-
-
-def _not_finite(name: str, culprit: str) -> str:
-    return (
-        f"{name}: every weight must be finite; {culprit} holds NaN or infinity. "
-        "Repair or replace that checkpoint; nothing was merged from it."
-    )

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from mergekit_ace.layer.task_vectors import TaskVectors
 from mergekit_ace.linalg.symmetric import add_gram_upper_, gram, mirror_upper_
+from mergekit_ace.matrix.task_vectors import TaskVectors
 
 
 def descend_interference(task_vectors: TaskVectors, *, steps: int, learning_rate: float) -> Tensor:
@@ -32,10 +32,8 @@ def descend_interference(task_vectors: TaskVectors, *, steps: int, learning_rate
         `[m, n]`, working dtype.
     """
     m, n = task_vectors.shape
-    new = task_vectors.base.new_zeros
-    curvature = new((n, n), dtype=task_vectors.dtype)
-    target = new((m, n), dtype=task_vectors.dtype)
-    merged = new((m, n), dtype=task_vectors.dtype)
+    curvature, target = task_vectors.zeros(n, n), task_vectors.zeros(m, n)
+    merged = task_vectors.zeros(m, n)
     for t, (share, energy) in enumerate(zip(task_vectors.shares, task_vectors.energies, strict=True)):
         rows = task_vectors.task_vector(t)
         merged.add_(rows, alpha=share)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mergekit_ace.layer.task_vectors import TaskVectors
 from mergekit_ace.linalg.subspace import polar_factor, singular_triples
+from mergekit_ace.matrix.task_vectors import TaskVectors
 
 
 def merge_task_singular_vectors(task_vectors: TaskVectors) -> Tensor:

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from mergekit_ace.layer.merge import merge_by_covariance
-from mergekit_ace.layer.options import CovarianceOptions
-from mergekit_ace.layer.ridge import fixed_ridge, relative_ridge, shrunk_ridge
-from tests.layer.experts import layer, steep_updates
+from mergekit_ace.matrix.merge import merge_by_covariance
+from mergekit_ace.matrix.options import CovarianceOptions, SecondMoment, SpectralRefinement
+from mergekit_ace.matrix.second_moment import fixed_ridge, relative_ridge, shrunk_ridge
+from tests.matrix.experts import layer, steep_updates
 
 
 def test_published_ridge() -> None:
@@ -38,15 +38,10 @@ def test_shrinkage_does_not_depend_on_the_unit(factor: float) -> None:
 
 
 @pytest.mark.parametrize("factor", [0.01, 100.0])
-@pytest.mark.parametrize("refinement", ["never", "always"])
-def test_automatic_merge_scales_with_the_updates(factor: float, refinement: str) -> None:
+@pytest.mark.parametrize("refined", [False, True])
+def test_automatic_merge_scales_with_the_updates(factor: float, refined: bool) -> None:
     options = CovarianceOptions(
-        epsilon="auto",
-        center_second_moment=False,
-        center_numerator=False,
-        structural_prior=False,
-        heterogeneity="scale_free",
-        refinement="always" if refinement == "always" else "never",
+        second_moment=SecondMoment(), refinement=SpectralRefinement(fraction=0.3) if refined else None
     )
     updates = steep_updates(30, 50, 3, spread=2.0)
     merged = merge_by_covariance(layer(updates), options).task_vector

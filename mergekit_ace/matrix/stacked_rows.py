@@ -5,58 +5,97 @@ With the rows `Y_t` of every expert scaled by the root of its weight in the syst
     A = rho I + Y^T Y,    Y A^-1 = (rho I + Y Y^T)^-1 Y,
 
 so that whatever is a combination of the rows, `J Y`, is solved by a `[q, q]` Cholesky factor alone, without the
-cancellation of the general formula `A^-1 = (I - Y^T (rho I + Y Y^T)^-1 Y) / rho`. Only mean rows need that one.
+cancellation of the general formula `A^-1 = (I - Y^T (rho I + Y Y^T)^-1 Y) / rho`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mergekit_ace.layer.agreement import moment_correlation
-from mergekit_ace.layer.branch import Branch
-from mergekit_ace.layer.diagnostics import diagnostics_wanted
-from mergekit_ace.layer.options import CovarianceOptions
-from mergekit_ace.layer.row_factors import ExpertRows, RowFactors
-from mergekit_ace.layer.solution import Solution, add_prior_, prior_scale, regularize
-from mergekit_ace.layer.task_vectors import TaskVectors
 from mergekit_ace.linalg.cholesky import cholesky_factor, solve_right
 from mergekit_ace.linalg.conditioning import largest_eigenvalue
 from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.linalg.symmetric import add_to_diagonal_, gram
+from mergekit_ace.matrix.decision import Decision
+from mergekit_ace.matrix.diagnostics import diagnostics_wanted
+from mergekit_ace.matrix.normal_equations import NormalEquations, Solution, add_prior_, prior_scale
+from mergekit_ace.matrix.options import CovarianceOptions
+from mergekit_ace.matrix.row_factors import ExpertRows, RowFactors
+from mergekit_ace.matrix.second_moment import RegularizedMoment, moment_correlation, regularize
+from mergekit_ace.matrix.task_vectors import TaskVectors
 
 
-def solve_stacked_rows(
-    task_vectors: TaskVectors, factors: RowFactors, options: CovarianceOptions, branch: Branch
-) -> Solution:
-    """Solve in the `q` dimensions of the stacked rows.
+@dataclass(kw_only=True)
+class _StackedRows:
+    """`X = numerator (ridge I + Y Y^T)^-1 Y`, and the prior's row where there is one."""
 
-    Beyond the inputs at most two `[q, q]`, one `[q, n]`, two `[m, q]` and three `[m, n]` working-dtype buffers are
-    alive at once; `q < n`.
+    name: str
+    inner: Tensor | None
+    """`Y Y^T`, `[q, q]`; None once it is factorized."""
+    rows: Tensor
+    """`Y`, `[q, n]`."""
+    numerator: Tensor
+    """`[m, q]`, columns of the rows."""
+    ridge: float
+    prior_scale: float | None
+    residual: Tensor | None
+    column_basis: Tensor | None
+    keep_numerator: bool
+    moments: tuple[RegularizedMoment, ...]
+    correlation: float | None
+
+    def solve(self) -> Solution:
+        """As `NormalEquations.solve`."""
+        assert self.inner is not None
+        factor = cholesky_factor(add_to_diagonal_(self.inner, self.ridge), what=self.name)
+        self.inner = None
+        weight = solve_right(self.numerator, factor) @ self.rows
+        if self.prior_scale is not None:
+            along = self.rows.sum(dim=1)[None] * (self.prior_scale / self.rows.shape[1])
+            add_prior_(weight, (solve_right(along, factor) @ self.rows)[0])
+        return Solution(
+            weight=weight,
+            residual=self.residual,
+            # The q < n rows leave directions in which only the ridge acts, so it is the smallest eigenvalue.
+            condition=largest_eigenvalue(factor) / self.ridge if diagnostics_wanted() else None,
+            column_basis=self.column_basis,
+            numerator=self.numerator @ self.rows if self.keep_numerator else None,
+        )
+
+
+def assemble_stacked_rows(
+    task_vectors: TaskVectors, factors: RowFactors, options: CovarianceOptions, decision: Decision
+) -> NormalEquations:
+    """Assemble in the `q` dimensions of the stacked rows.
+
+    Until they are solved at most two `[q, q]`, one `[q, n]`, two `[m, q]` and three `[m, n]` working-dtype buffers are
+    alive at once beyond the inputs; `q < n`.
 
     Args:
         task_vectors: at least one expert.
         factors: their rows; overwritten.
-        options: as in `solve`.
-        branch: as in `solve`.
+        options: which second moment, which ridge, prior or not.
+        decision: whether second moments are divided by their traces, and the residual is wanted.
     """
     rows, experts = factors.rows, factors.experts
     inner = gram(rows.mT)
-    regularized = tuple(
-        regularize(task_vectors, t, options, branch, gram_side=inner[rows_t.block, rows_t.block])
+    moments = tuple(
+        regularize(task_vectors, t, options, decision, gram_side=inner[rows_t.block, rows_t.block])
         for t, rows_t in enumerate(experts)
     )
     shares = task_vectors.shares
-    ridges = [share * proxy.ridge for share, proxy in zip(shares, regularized, strict=True)]
+    ridges = [share * moment.ridge for share, moment in zip(shares, moments, strict=True)]
     ridge = sum(ridges)
     # Full shrinkage leaves an expert's rows no weight in the system, yet they stay in the numerator: give them one that
     # is far below the rounding of the ridge instead of dividing by zero.
     least = torch.finfo(rows.dtype).eps ** 2 * ridge
     weights = [
-        max(share * proxy.scale, least / proxy.trace) if proxy.trace > 0 else 0.0
-        for share, proxy in zip(shares, regularized, strict=True)
+        max(share * moment.scale, least / moment.trace) if moment.trace > 0 else 0.0
+        for share, moment in zip(shares, moments, strict=True)
     ]
     scaling = torch.cat(
         [
@@ -70,42 +109,30 @@ def solve_stacked_rows(
     if options.correlation_threshold > 0:
         # `||Y^T Y||_F = ||Y Y^T||_F`
         correlation = moment_correlation(
-            regularized, shares, summed_squared_norm=squared_norm(inner), dimensions=rows.shape[1]
+            moments, shares, summed_squared_norm=squared_norm(inner), dimensions=rows.shape[1]
         )
     # A task vector is its basis times `units[t]` times its scaled rows.
     units = [weight**-0.5 if weight > 0 else 0.0 for weight in weights]
 
-    # sum_t a_t C_t Sbar_t = sum_t U_t (a_t scale_t G_t + a_t ridge_t I) Y_t
+    # sum_t a_t N_t Sbar_t = sum_t U_t (a_t scale_t G_t + a_t ridge_t I) Y_t
     numerator = rows.new_empty((task_vectors.shape[0], len(rows)))
     for rows_t, unit, own in zip(experts, units, ridges, strict=True):
         block = inner[rows_t.block, rows_t.block] * unit
         numerator[:, rows_t.block] = _expand(rows_t, add_to_diagonal_(block, own * unit))
-    residual = _residual(task_vectors, factors, inner, units, ridge) if branch.with_residual else None
-
-    factor = cholesky_factor(add_to_diagonal_(inner, ridge), what=task_vectors.name)
-    del inner
-    weight_matrix = solve_right(numerator, factor) @ rows
-    whole_numerator = numerator @ rows if options.retention_bound else None
-    del numerator
-    if not options.center_numerator and options.center_second_moment:
-        row = _weighted_mean_rows(experts, ridges)
-        for rows_t in experts:
-            row += (_mean_row(rows_t) @ rows[rows_t.block].mT) @ rows[rows_t.block]
-        inside = solve_right((row @ rows.mT)[None], factor) @ rows
-        weight_matrix.add_((row - inside[0]) / ridge)
-    if options.structural_prior:
-        along = rows.sum(dim=1)[None] * (prior_scale(task_vectors, normalize=branch.normalize) / rows.shape[1])
-        add_prior_(weight_matrix, (solve_right(along, factor) @ rows)[0])
-    # The q < n rows leave directions in which only the ridge acts, so it is the smallest eigenvalue.
-    condition = largest_eigenvalue(factor) / ridge if diagnostics_wanted() else None
-    return Solution(
-        weight=weight_matrix,
-        residual=residual,
-        regularized=regularized,
-        condition=condition,
-        correlation=correlation,
+    return _StackedRows(
+        name=task_vectors.name,
+        residual=_residual(task_vectors, factors, inner, units, ridge) if decision.refined_residual else None,
+        inner=inner,
+        rows=rows,
+        numerator=numerator,
+        ridge=ridge,
+        prior_scale=prior_scale(task_vectors, normalize=decision.trace_normalized)
+        if options.structural_prior
+        else None,
         column_basis=_column_basis(experts, task_vectors.shape),
-        numerator=whole_numerator,
+        keep_numerator=options.bounds.retention,
+        moments=moments,
+        correlation=correlation,
     )
 
 

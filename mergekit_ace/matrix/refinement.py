@@ -26,22 +26,19 @@ class Refinement:
 
 
 def spectral_refinement(
-    structure: Tensor, fraction: float, *, scale: float = 1.0, column_basis: Tensor | None = None
-) -> Refinement | None:
-    """`scale * mean(s_1..s_k) U_k V_k^T` of a matrix `F`, with `k = floor(fraction * min(m, n))`; None when `k = 0`.
+    structure: Tensor, k: int, *, scale: float = 1.0, column_basis: Tensor | None = None
+) -> Refinement:
+    """`scale * mean(s_1..s_k) U_k V_k^T` of a matrix `F = U diag(s) V^T`.
 
     Source: ACE, arXiv:2603.02945, Eqs. 17-19, with `F = R + W0` and a scale of 1.
 
     Args:
         structure: `F`, `[m, n]`, float32 or float64.
-        fraction: share of directions, in `[0, 1]`.
+        k: how many directions, `1 <= k <= min(m, n)`.
         scale: of the update.
         column_basis: `Q`, `[m, p]`, orthonormal, with `F = Q Q^T F` where that is known: the singular vectors are then
             found in `p` dimensions, and the directions beyond them have singular value zero.
     """
-    k = int(fraction * min(structure.shape))
-    if k == 0:
-        return None
     if column_basis is not None:
         structure = column_basis.mT @ structure
     top = dominant_subspace(structure, min(k, min(structure.shape)))

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from mergekit_ace.layer.task_vectors import Expert, TaskVectors
+from mergekit_ace.matrix.expert import Expert
+from mergekit_ace.matrix.task_vectors import TaskVectors
 from tests.linalg.matrices import of_rank
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_ace.layer.task_vectors import TaskVectors
 from mergekit_ace.linalg.low_rank import orthonormal_factors
+from mergekit_ace.matrix.task_vectors import TaskVectors
 
 # Adapters have ranks of 4 to 64; beyond this the sketch costs more than it can save.
 _LARGEST_RANK = 96
@@ -50,14 +50,13 @@ def row_factors(task_vectors: TaskVectors, *, center: bool) -> RowFactors | None
     and stay so here.
 
     Args:
-        task_vectors: of a layer.
+        task_vectors: of a matrix.
         center: factor the centered task vectors.
     """
     m, n = task_vectors.shape
     most = min(_LARGEST_RANK, n // (2 * len(task_vectors)))
     worthwhile = min(m, n) >= _SMALLEST_SIDE
     eps = torch.finfo(task_vectors.dtype).eps
-    base_norm = float(torch.linalg.vector_norm(task_vectors.base, dtype=torch.float64)) if worthwhile else 0.0
     blocks: list[Tensor] = []
     experts: list[ExpertRows] = []
     height = 0
@@ -65,7 +64,7 @@ def row_factors(task_vectors: TaskVectors, *, center: bool) -> RowFactors | None
         rows, mean_row = _centered(task_vectors, t, center=center)
         factors = None
         if worthwhile:
-            tolerance = _ROUNDING_UNITS * eps * (base_norm + energy**0.5)
+            tolerance = _ROUNDING_UNITS * eps * (task_vectors.base_norm + energy**0.5)
             factors = orthonormal_factors(rows, most=most, tolerance=tolerance)
         if factors is not None:
             basis, rows = factors

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mergekit_ace.layer.task_vectors import TaskVectors
 from mergekit_ace.linalg.subspace import singular_triples
+from mergekit_ace.matrix.task_vectors import TaskVectors
 
 
 def merge_centered_low_rank(task_vectors: TaskVectors, *, rank_fraction: float, scale: float) -> Tensor:
@@ -25,7 +25,7 @@ def merge_centered_low_rank(task_vectors: TaskVectors, *, rank_fraction: float, 
     Returns:
         `[m, n]`, working dtype.
     """
-    average = task_vectors.sum().div_(len(task_vectors))
+    average = task_vectors.mean()
     if rank_fraction == 0:
         return average
     k = max(1, int(rank_fraction * min(task_vectors.shape)))

@@ -1,0 +1,75 @@
+"""How much the experts' updates agree, and how far a merged task vector may therefore be from the base."""
+
+from __future__ import annotations
+
+import math
+
+from mergekit_ace.matrix.options import LengthBound
+from mergekit_ace.matrix.task_vectors import TaskVectors
+
+# A limit for an ill-conditioned solve; matrices of real fine-tunes stay at about half of it.
+_TIMES_END_TO_END = 2.0
+
+
+def effective_experts(task_vectors: TaskVectors) -> float:
+    """How many independent updates the experts' amount to: 1 when all are the same, `T` when all are orthogonal.
+
+        T_eff = mean_t(a_t e_t) / ||mean_t(a_t D_t)||_F^2,    e_t = ||D_t||_F^2
+
+    The squared length of a mean of `T` orthogonal vectors of one length is a `T`-th of their squared length. An expert
+    and its copy count as one of twice the weight. Updates that oppose one another are more than independent, at most
+    `T^2`.
+
+    Args:
+        task_vectors: of at least one expert.
+    """
+    count = len(task_vectors)
+    mean = task_vectors.energy_of_mean
+    # Rounding may put the ratio of identical updates a little below one.
+    return min(float(count**2), max(1.0, mean_energy(task_vectors) / mean)) if mean > 0 else float(count**2)
+
+
+def mean_energy(task_vectors: TaskVectors) -> float:
+    """`mean_t(a_t e_t)`, the squared length of an update in the mean."""
+    weighted = zip(task_vectors.shares, task_vectors.energies, strict=True)
+    return sum(share * energy for share, energy in weighted) / len(task_vectors)
+
+
+def longest_allowed(
+    task_vectors: TaskVectors, bound: LengthBound, *, independent: float | None, low_rank: float
+) -> float:
+    """The largest `||X||_F` that a length bound allows.
+
+    With `E = mean_t(a_t e_t)`: `sqrt(T_eff E)`, the length of the sum of `T_eff` orthogonal updates (`orthogonal`);
+    `2 sum_t a_t sqrt(e_t)`, twice all updates laid end to end (`end_to_end`). Updates of low rank are held to
+    `sqrt(sqrt(T_eff) E)`, half the way from one update to `T_eff` orthogonal ones; between full and low rank the bound
+    is the geometric mean, weighted by how far they are of low rank.
+
+    Args:
+        task_vectors: of the matrix.
+        bound: which of them.
+        independent: `T_eff`; None where nothing asks for it.
+        low_rank: how far the updates are of low rank, from 0 to 1.
+    """
+    if bound == "none" or independent is None:
+        return math.inf
+    energy = mean_energy(task_vectors)
+    if bound == "end_to_end":
+        norms = (share * e**0.5 for share, e in zip(task_vectors.shares, task_vectors.energies, strict=True))
+        full = _TIMES_END_TO_END * math.fsum(norms)
+    else:
+        full = math.sqrt(independent * energy)
+    low = min(full, math.sqrt(math.sqrt(independent) * energy))
+    return math.pow(full, 1 - low_rank) * math.pow(low, low_rank)
+
+
+def scale_factor(length: float, *, retention: float | None, longest: float) -> float:
+    """What to multiply a merged task vector by, in `(0, 1]`, so that it keeps both bounds.
+
+    Args:
+        length: `||X||_F`.
+        retention: the mean response under the experts' second moments, relative to their own; None: no bound.
+        longest: that `||X||_F` may be.
+    """
+    factor = 1.0 if retention is None or retention <= 1 else 1 / retention
+    return min(factor, longest / length) if length > 0 else factor

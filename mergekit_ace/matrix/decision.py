@@ -1,0 +1,132 @@
+"""What is decided of one matrix, in one place, before anything is factorized."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mergekit_ace.linalg.low_rank import captured_energy
+from mergekit_ace.matrix.bounds import effective_experts, longest_allowed
+from mergekit_ace.matrix.options import CovarianceOptions, HeterogeneityStatistic
+from mergekit_ace.matrix.task_vectors import TaskVectors
+
+# Adapters of rank 4 to 64 hold all of an update's energy in fewer directions than this; full fine-tunes of real models
+# hold half to three quarters in an eighth of them.
+_FEW_DIRECTIONS = 1 / 8
+_MOST_DIRECTIONS = 128
+# Below the first share an update counts as one of full rank, above the second as one of low rank; linear between them.
+_MOST, _NEARLY_ALL = 0.9, 0.98
+# Updates that are nearly all rounding have no spectrum left to judge by; their quotient must stay finite.
+_LEAST_GENUINE = 0.05
+_LEAST_SHRINKAGE = 0.95
+"""Share of the identity in an adapter's second moment, at the least. Its `m` rows are combinations of a few, which
+mostly are the random start of training: no `m` samples of the inputs, as the estimate of the ridge would have it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """How one matrix is merged."""
+
+    heterogeneity: float
+    """The statistic of the gate; the scale-free one where there is no gate."""
+    heterogeneous: bool | None
+    """What the gate found; None where there is none."""
+    trace_normalized: bool
+    """Each second moment is divided by its trace."""
+    refined_directions: int
+    """How many singular directions are refined; 0: none."""
+    refined_residual: bool
+    """They are those of the residual plus the preliminary merge, so the solve has to give the residual."""
+    low_rank: float | None
+    """How far the updates are of low rank, from 0 to 1; None where no part asks for it."""
+    effective_experts: float | None
+    """How many independent updates the experts' amount to; None where no part asks for it."""
+    longest: float
+    """The largest `||X||_F`."""
+
+    @property
+    def least_shrinkage(self) -> float:
+        """Smallest share of the identity in an estimated ridge."""
+        return _LEAST_SHRINKAGE * (self.low_rank or 0.0)
+
+    @property
+    def refinement_scale(self) -> float:
+        """`1 - 1 / T_eff`; 1 where nothing asks for the agreement of the experts."""
+        return 1.0 if self.effective_experts is None else 1 - 1 / self.effective_experts
+
+
+def decide(task_vectors: TaskVectors, options: CovarianceOptions) -> Decision:
+    """Decide from the task vectors' norms and rank how they are merged (ACE, arXiv:2603.02945, Eqs. 7-10 and 15-19).
+
+    Args:
+        task_vectors: of at least one expert.
+        options: what the merge is composed of.
+    """
+    gate, refinement = options.gate, options.refinement
+    spread = heterogeneity(task_vectors.energies, gate.statistic if gate else "scale_free")
+    heterogeneous = None if gate is None else spread > gate.threshold
+    passes = heterogeneous is not False
+    directions = int(refinement.fraction * min(task_vectors.shape)) if refinement and passes else 0
+    independent = effective_experts(task_vectors) if options.needs_agreement else None
+    low_rank = low_rank_share(task_vectors) if options.needs_rank else None
+    return Decision(
+        heterogeneity=spread,
+        heterogeneous=heterogeneous,
+        trace_normalized=options.second_moment.trace_normalized and passes,
+        refined_directions=directions,
+        refined_residual=directions > 0 and refinement is not None and refinement.of == "residual",
+        low_rank=low_rank,
+        effective_experts=independent,
+        longest=longest_allowed(task_vectors, options.bounds.length, independent=independent, low_rank=low_rank or 0.0),
+    )
+
+
+def heterogeneity(energies: Sequence[float], statistic: HeterogeneityStatistic) -> float:
+    """Spread of the experts' update energies in one matrix.
+
+        published:   Var(l) / Mean(l)^2,   l_t = log e_t     (ACE, arXiv:2603.02945, Eq. 7)
+        scale_free:  Var(l)
+
+    Args:
+        energies: `e_t = ||D_t||_F^2`, all positive, of at least one expert.
+        statistic: which of the two; the variance is the unbiased one.
+
+    Returns:
+        The statistic, `>= 0`; 0 for a single expert.
+    """
+    if len(energies) < 2:
+        return 0.0
+    logarithms = [math.log(energy) for energy in energies]
+    variance = statistics.variance(logarithms)
+    if statistic == "scale_free":
+        return variance
+    mean = statistics.fmean(logarithms)
+    if variance == 0.0:
+        return 0.0
+    return variance / mean**2 if mean != 0.0 else math.inf
+
+
+def low_rank_share(task_vectors: TaskVectors) -> float:
+    """How far the updates are of low rank: from 0, as full fine-tunes, to 1, as adapters.
+
+    By the share of the updates' energy, in the mean, that an eighth of the directions (128 at most) holds: 0 up to 90
+    percent, 1 from 98 percent, linear between, so that the merge follows the updates continuously. The energy that
+    rounding to the stored format adds is taken out first: it lies in all directions alike, and would make adapters
+    that were merged and stored in bfloat16 look like full fine-tunes.
+
+    Args:
+        task_vectors: of at least one expert.
+    """
+    m, n = task_vectors.shape
+    directions = min(_MOST_DIRECTIONS, max(1, int(_FEW_DIRECTIONS * min(m, n))))
+    # Share of a full-rank error of independent entries that falls into the span of so many directions of each side.
+    within = directions * (m + n - directions) / (m * n)
+    mean = 0.0
+    for t, share in enumerate(task_vectors.shares):
+        energy, rounding = task_vectors.energies[t], task_vectors.rounding_energy(t)
+        held = captured_energy(task_vectors.task_vector(t), directions) * energy
+        genuine = max(energy - rounding, _LEAST_GENUINE * energy)
+        mean += share * min(1.0, max(0.0, held - within * rounding) / genuine) / len(task_vectors)
+    return min(1.0, max(0.0, (mean - _MOST) / (_NEARLY_ALL - _MOST)))

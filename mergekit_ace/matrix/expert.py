@@ -1,0 +1,86 @@
+"""One expert's tensor, its weight and its difference from the base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_ace.linalg.precision import all_finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expert:
+    """One expert's tensor.
+
+    Attributes:
+        name: how messages call it.
+        tensor: `[m, n]` (or any shape for `mean_task_vector`), dtype and device of the base; borrowed, never modified.
+        weight: its weight in the objective, `>= 0`; only ratios between experts matter. 0 leaves it out.
+    """
+
+    name: str
+    tensor: Tensor
+    weight: float = 1.0
+
+
+def voting_experts(experts: Sequence[Expert], *, name: str) -> list[Expert]:
+    """The experts of positive weight.
+
+    Raises:
+        ValueError: when a weight is negative or not finite, or none is positive.
+    """
+    for expert in experts:
+        if not (math.isfinite(expert.weight) and expert.weight >= 0):
+            raise ValueError(
+                f"{name}: parameter weight of expert {expert.name} must be a finite number of at least 0; "
+                f"got {expert.weight}"
+            )
+    voting = [expert for expert in experts if expert.weight > 0]
+    if not voting:
+        raise ValueError(
+            f"{name}: parameter weight must be positive for at least one expert; got 0 for all of "
+            f"{', '.join(expert.name for expert in experts)}"
+        )
+    return voting
+
+
+def difference(tensor: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor - base` in `dtype`, new storage, one buffer of that size and no second one."""
+    widened = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    return widened.sub_(base)
+
+
+def require_finite_base(base: Tensor, *, name: str) -> None:
+    """Refuse a base that holds NaN or infinity, where it is copied and not subtracted from.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    if not all_finite(base):
+        raise ValueError(_not_finite(name, "the base"))
+
+
+def require_finite_update(energy: float, base: Tensor, expert: Expert, *, name: str) -> None:
+    """Refuse an update whose energy `||expert - base||_F^2` is NaN or infinite.
+
+    Raises:
+        ValueError: naming the tensor and who holds the NaN or infinity.
+    """
+    if math.isfinite(energy):
+        return
+    # The norm of finite values in float64 cannot overflow, so one of the two holds NaN or infinity; say which.
+    culprit = "the base" if not all_finite(base) else f"expert {expert.name}"
+    if culprit != "the base" and all_finite(expert.tensor):
+        culprit = f"the difference of expert {expert.name} and the base"
+    raise ValueError(_not_finite(name, culprit))
+
+
+def _not_finite(name: str, culprit: str) -> str:
+    return (
+        f"{name}: every weight must be finite; {culprit} holds NaN or infinity. "
+        "Repair or replace that checkpoint; nothing was merged from it."
+    )

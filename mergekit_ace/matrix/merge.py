@@ -1,0 +1,167 @@
+"""One matrix's merge: decide, assemble, solve, refine, bound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mergekit_ace.linalg.precision import squared_norm
+from mergekit_ace.matrix.bounds import scale_factor
+from mergekit_ace.matrix.decision import Decision, decide
+from mergekit_ace.matrix.dense import assemble_dense
+from mergekit_ace.matrix.normal_equations import NormalEquations, retention
+from mergekit_ace.matrix.options import CovarianceOptions
+from mergekit_ace.matrix.refinement import Refinement, spectral_refinement
+from mergekit_ace.matrix.row_factors import row_factors
+from mergekit_ace.matrix.second_moment import RegularizedMoment, relative_ridge
+from mergekit_ace.matrix.stacked_rows import assemble_stacked_rows
+from mergekit_ace.matrix.task_vectors import TaskVectors
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixMerge:
+    """A merged task vector and how it came about: the one source of every log line and report.
+
+    Attributes:
+        task_vector: `[m, n]`, working dtype; add it to the base.
+        decision: what was decided before the solve; None where nothing had to be (a single expert, another method).
+        moments: scale and ridge of each expert in `TaskVectors.experts`; empty when nothing was solved.
+        ridge: of the system, relative to the mean eigenvalue of what it regularizes; None when nothing was solved.
+        ridge_is_fixed: a person set it; otherwise it was estimated.
+        condition: estimated condition number of the system; None unless `diagnostics` are wanted.
+        refinement: level and number of the refined directions, None when there was none.
+        retention: mean response under the experts' second moments relative to their own, before any scaling; None where
+            no bound asks for it.
+        scale_factor: what the bounds of retention and length multiplied the whole by, in `(0, 1]`.
+        correlation: of the experts' second moments; None where no threshold asks for it.
+        averaged: share of the plain average in the result, from 0 to 1: 1 where updates of low rank correlate too
+            little to weigh the experts by.
+    """
+
+    task_vector: Tensor
+    decision: Decision | None = None
+    moments: tuple[RegularizedMoment, ...] = ()
+    ridge: float | None = None
+    ridge_is_fixed: bool = False
+    condition: float | None = None
+    refinement: Refinement | None = None
+    retention: float | None = None
+    scale_factor: float = 1.0
+    correlation: float | None = None
+    averaged: float = 0.0
+
+    def describe(self) -> str:
+        """The facts above in one line, for a log."""
+        if self.decision is None:
+            return ""
+        if self.averaged == 1:
+            return f"second moments correlate by {self.correlation:.2g} only, averaged"
+        facts = []
+        if self.decision.heterogeneous is not None:
+            gate = "heterogeneous" if self.decision.heterogeneous else "homogeneous"
+            facts.append(f"{gate} ({self.decision.heterogeneity:.3g})")
+        if self.ridge is not None:
+            facts.append(f"ridge {self.ridge:.2g} of the mean eigenvalue")
+        if self.condition is not None:
+            facts.append(f"condition {self.condition:.1e}")
+        if self.refinement is not None:
+            facts.append(f"{self.refinement.directions} directions refined by {self.refinement.level:.3g}")
+        if self.decision.effective_experts is not None:
+            facts.append(f"{self.decision.effective_experts:.2g} independent experts")
+        if self.decision.low_rank:
+            facts.append("low rank" if self.decision.low_rank == 1 else f"low rank {self.decision.low_rank:.0%}")
+        if self.averaged:
+            facts.append(f"averaged by {self.averaged:.0%}")
+        if self.scale_factor < 1:
+            facts.append(f"scaled by {self.scale_factor:.2f}")
+        return ", ".join(facts)
+
+
+def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -> MatrixMerge:
+    """Merge one weight matrix by second moments of the experts' inputs (ACE, arXiv:2603.02945, Eqs. 5-19).
+
+    Experts without information in the matrix were left out by `TaskVectors`. With none left the merged task vector is
+    zero, with one it is that expert's, exactly. Where every update is the same in all rows, it is their mean.
+
+    Working memory beyond the inputs: `working_numbers`, whatever the number of experts. Of the refinement's ten squares
+    of the smaller side eight are its eigendecomposition, in float64.
+
+    Args:
+        task_vectors: of one `[m, n]` weight.
+        options: one of `presets`, or a composition of one's own.
+
+    Raises:
+        FactorizationError: no reasonable jitter makes the system positive definite.
+    """
+    if len(task_vectors) == 0:
+        return MatrixMerge(task_vector=task_vectors.zeros(*task_vectors.shape))
+    became = tuple(range(len(task_vectors)))
+    if options.combine_copies:
+        task_vectors, became = task_vectors.without_copies()
+    if len(task_vectors) == 1:
+        return MatrixMerge(task_vector=task_vectors.task_vector(0))
+    if options.second_moment.centered and not any(measured.centered_energy for measured in task_vectors.statistics):
+        # All rows of every update are equal: no second moment to weigh the experts by, and centering would lose them.
+        return MatrixMerge(task_vector=task_vectors.mean())
+    decision = decide(task_vectors, options)
+    equations = assemble(task_vectors, options, decision)
+    averaged = _averaged(equations.correlation, options.correlation_threshold) * (decision.low_rank or 0.0)
+    if averaged == 1:
+        return MatrixMerge(
+            task_vector=task_vectors.mean(), decision=decision, correlation=equations.correlation, averaged=1.0
+        )
+    solution = equations.solve()
+    merged, refinement = solution.weight, None
+    if decision.refined_directions:
+        refinement = spectral_refinement(
+            solution.residual.add_(merged) if solution.residual is not None else merged,
+            decision.refined_directions,
+            scale=decision.refinement_scale,
+            column_basis=solution.column_basis,
+        )
+        merged.add_(refinement.update)
+    kept = None
+    if solution.numerator is not None:
+        kept = retention(merged, solution.numerator, equations.moments, task_vectors.shares)
+    factor = scale_factor(squared_norm(merged) ** 0.5, retention=kept, longest=decision.longest)
+    if factor < 1:
+        merged.mul_(factor)
+        refinement = refinement and refinement.times_(factor)
+    if averaged:
+        merged.lerp_(task_vectors.mean(), averaged)
+        refinement = refinement and refinement.times_(1 - averaged)
+    return MatrixMerge(
+        task_vector=merged,
+        decision=decision,
+        moments=tuple(equations.moments[place] for place in became),
+        ridge=relative_ridge(equations.moments, task_vectors.shares, task_vectors.shape[1]),
+        ridge_is_fixed=options.second_moment.epsilon != "auto",
+        condition=solution.condition,
+        refinement=refinement,
+        retention=kept,
+        scale_factor=factor,
+        correlation=equations.correlation,
+        averaged=averaged,
+    )
+
+
+def assemble(task_vectors: TaskVectors, options: CovarianceOptions, decision: Decision) -> NormalEquations:
+    """Assemble the normal equations by the route that does the least arithmetic.
+
+    Args:
+        task_vectors: at least one expert.
+        options: which second moment, which ridge, prior or not.
+        decision: whether second moments are divided by their traces, and the residual is wanted.
+    """
+    factors = row_factors(task_vectors, center=options.second_moment.centered)
+    if factors is None:
+        return assemble_dense(task_vectors, options, decision)
+    return assemble_stacked_rows(task_vectors, factors, options, decision)
+
+
+def _averaged(correlation: float | None, threshold: float) -> float:
+    """Share of the average for updates of low rank: 1 below the threshold, falling to 0 at twice the threshold."""
+    if correlation is None:
+        return 0.0
+    return min(1.0, max(0.0, 2 - correlation / threshold))

@@ -1,0 +1,97 @@
+"""The weight that interferes least with every expert, by its normal equations.
+
+    X (sum_t a_t Sbar_t + P) = sum_t a_t N_t Sbar_t,    Sbar_t = scale_t G_t + ridge_t I
+
+`G_t` is the Gram matrix of the (centered) task vector, `N_t` the (centered) task vector, `a_t` the expert's share and
+`P` the collective structural prior (ACE, arXiv:2603.02945, Eqs. 11-14). Two routes, equal in exact arithmetic: `dense`
+forms the `[n, n]` system, `stacked_rows` the `[q, q]` one of the `q < n` rows that all task vectors have together.
+Each is assembled first; whether it is worth solving is known before it is factorized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from mergekit_ace.linalg.precision import inner_product
+from mergekit_ace.matrix.bounds import mean_energy
+from mergekit_ace.matrix.second_moment import RegularizedMoment
+from mergekit_ace.matrix.task_vectors import TaskVectors
+
+
+class NormalEquations(Protocol):
+    """The assembled equations of one matrix."""
+
+    moments: tuple[RegularizedMoment, ...]
+    """Each expert's scale and ridge."""
+    correlation: float | None
+    """How far the experts' second moments correlate (`moment_correlation`), where a threshold asks for it."""
+
+    def solve(self) -> Solution:
+        """Factorize and solve; consumes what was assembled.
+
+        Raises:
+            FactorizationError: no reasonable jitter makes the system positive definite.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """The preliminary merge of one matrix and what its making measured."""
+
+    weight: Tensor
+    """`W0`, `[m, n]`."""
+    residual: Tensor | None
+    """`R = sum_t a_t D_t (S_t - Sm)`, `[m, n]`, when asked for; `Sm` is the mean of the regularized `Sbar_t`."""
+    condition: float | None
+    """Estimated condition number of `sum_t a_t Sbar_t`; None unless `diagnostics` are wanted."""
+    column_basis: Tensor | None = None
+    """`[m, p]`, orthonormal columns that span the columns of `weight` and `residual`; None where nothing is known."""
+    numerator: Tensor | None = None
+    """`sum_t a_t N_t Sbar_t`, `[m, n]`, where a bound of the retention asks for it."""
+
+
+def retention(
+    weight: Tensor, numerator: Tensor, moments: Sequence[RegularizedMoment], shares: Sequence[float]
+) -> float:
+    """Mean response of a merged task vector `X` under the experts' second moments, relative to their own.
+
+        sum_t a_t <X, D_t>_t / sum_t a_t <D_t, D_t>_t,    <X, Y>_t = tr(X Sbar_t Y^T)
+
+    1 for every expert in its own matrix; 1 minus the smallest objective, relative to that of the base, for `W0`; more
+    than 1 for what responds more strongly than the experts do.
+
+    Args:
+        weight: `X`, `[m, n]`.
+        numerator: `sum_t a_t N_t Sbar_t`, `[m, n]`.
+        moments: with their squared norms.
+        shares: `a_t`.
+    """
+    own = 0.0
+    for moment, share in zip(moments, shares, strict=True):
+        assert moment.squared_norm is not None
+        own += share * (moment.scale * moment.squared_norm + moment.ridge * moment.trace)
+    return inner_product(weight, numerator) / own if own > 0 else 0.0
+
+
+def add_prior_(unprimed: Tensor, prior_through: Tensor) -> Tensor:
+    """`B (A + 1 c)^-1` from `Z = B A^-1` and `u = c A^-1`: `Z - (Z 1) u / (1 + u 1)`, Sherman-Morrison, in place.
+
+    `u 1` cannot be negative: `A` is the matrix that `c` is the mean row of plus a ridge, so the denominator is >= 1.
+
+    Args:
+        unprimed: `Z`, `[m, n]`.
+        prior_through: `u`, `[n]`.
+    """
+    along = unprimed.sum(dim=1) / (1 + prior_through.sum())
+    return unprimed.addr_(along, prior_through, alpha=-1)
+
+
+def prior_scale(task_vectors: TaskVectors, *, normalize: bool) -> float:
+    """Factor of the mean row of the summed second moments: `1 / mean_t(a_t e_t)` when normalized, else 1."""
+    if not normalize:
+        return 1.0
+    return 1 / mean_energy(task_vectors)

@@ -1,0 +1,100 @@
+"""Experts that differ from the base by the rounding of a coarser storage format only."""
+
+import pytest
+import torch
+from mergekit.merge_methods import merge_tensors
+from torch import Tensor
+
+import mergekit_ace
+from mergekit_ace.matrix.expert import Expert
+from mergekit_ace.matrix.storage import expected_rounding_energy, is_stored_as, rounding_floor
+from mergekit_ace.matrix.task_vectors import TaskVectors
+
+METHODS = [method.name for method in mergekit_ace.METHODS]
+BFLOAT16_ONLY = "differs from the base here by rounding to bfloat16 only"
+SHAPES = [(48, 32), (32, 48), (24, 96)]
+
+
+def weights(shape: tuple[int, int], *, seed: int) -> Tensor:
+    return 0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def fine_tuned(base: Tensor, *, size: float = 0.01, seed: int = 5) -> Tensor:
+    return base + size * weights((base.shape[0], base.shape[1]), seed=seed)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16])
+def test_a_copy_in_a_coarser_format_has_no_part_in_the_merge(method: str, storage: torch.dtype) -> None:
+    for shape in SHAPES:
+        base = weights(shape, seed=1)
+        expert, copy = fine_tuned(base), base.to(storage).float()
+        merged = merge_tensors([base, expert, copy], method, base_index=0, name="model.layers.0.mlp.up_proj.weight")
+        assert torch.equal(merged, expert)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bfloat16_copy_of_a_float16_base_has_no_part_in_the_merge(method: str) -> None:
+    base = weights((48, 32), seed=1).half()
+    expert, copy = fine_tuned(base.float()).bfloat16(), base.bfloat16()
+    # as mergekit promotes them
+    tensors = [tensor.float() for tensor in (base, expert, copy)]
+    merged = merge_tensors(tensors, method, base_index=0, name="model.layers.0.mlp.up_proj.weight")
+    assert torch.equal(merged, expert.float())
+
+
+@pytest.mark.parametrize(("size", "kept"), [(0.0, False), (0.002, True), (0.01, True)])
+def test_an_update_above_the_rounding_of_its_format_is_kept(size: float, kept: bool) -> None:
+    base = weights((96, 64), seed=1)
+    stored = fine_tuned(base, size=size).bfloat16().float()
+    task_vectors = TaskVectors(base, [Expert(name="tuned", tensor=stored)])
+    assert (len(task_vectors) == 1) is kept
+    assert task_vectors.left_out == (
+        {} if kept else {"tuned": "differs from the base here by rounding to bfloat16 only"}
+    )
+
+
+def test_who_is_left_out_and_why() -> None:
+    base = weights((16, 8), seed=1)
+    experts = [
+        Expert(name="tuned", tensor=fine_tuned(base)),
+        Expert(name="frozen", tensor=base.clone()),
+        Expert(name="silenced", tensor=fine_tuned(base, seed=6), weight=0.0),
+        Expert(name="half", tensor=base.half().float()),
+    ]
+    assert TaskVectors(base, experts).left_out == {
+        "silenced": "weight 0",
+        "frozen": "equal to the base here",
+        "half": "differs from the base here by rounding to float16 only",
+    }
+
+
+def test_the_floor_is_the_energy_of_rounding_and_a_tenth() -> None:
+    base = weights((96, 64), seed=1)
+    energy, storage = rounding_floor(base, fine_tuned(base).bfloat16().float())
+    assert storage == torch.bfloat16
+    assert energy == pytest.approx(1.1 * float((base.bfloat16().double() - base.double()).square().sum()), rel=1e-9)
+    assert rounding_floor(base, fine_tuned(base)) == (0.0, None)
+    # a base that was rounded in the same way: the difference holds no rounding of the base
+    rounded = base.bfloat16().float()
+    assert rounding_floor(rounded, fine_tuned(base).bfloat16().float())[0] < 1e-9 * energy
+
+
+def test_values_beyond_the_first_look_count() -> None:
+    tensor = torch.ones(1, 10_000)
+    assert is_stored_as(tensor, torch.bfloat16)
+    tensor[0, -1] = 1 + 2**-20
+    assert not is_stored_as(tensor, torch.bfloat16)
+    assert not is_stored_as(torch.tensor([float("nan")]), torch.float16)
+    assert not is_stored_as(torch.tensor([1e6], dtype=torch.bfloat16), torch.float16)
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16])
+def test_expected_rounding_energy_is_that_of_real_rounding(storage: torch.dtype) -> None:
+    base, tuned = weights((200, 300), seed=1), fine_tuned(weights((200, 300), seed=1), size=0.2)
+    real = float((tuned.to(storage).double() - tuned.double()).square().sum())
+    assert expected_rounding_energy(base, tuned.to(storage).float()) == pytest.approx(real, rel=0.03)
+    assert expected_rounding_energy(base, tuned) == 0.0
+    # a value that was rounded back to the base's adds nothing
+    stored = base.to(storage)
+    assert expected_rounding_energy(stored, stored.clone()) == 0.0

@@ -50,7 +50,8 @@ def ours(layer: Layer, branch: str) -> Merge:
 
 def literal(layer: Layer, branch: str, dtype: torch.dtype = torch.float32) -> Merge:
     """The published steps one after the other, in float32; in float64, what both are held against."""
-    options = AceOptions(epsilon=EPSILON, heterogeneity_threshold=OPTIONS[branch].heterogeneity_threshold)
+    gate = OPTIONS[branch].gate
+    options = AceOptions(epsilon=EPSILON, heterogeneity_threshold=gate.threshold if gate else 0.0)
 
     def merge() -> Tensor:
         with torch.device(layer.base.device):

@@ -170,8 +170,8 @@ def test_the_automatic_ridge_solves_the_regularized_equations(method: str, shape
     layer = merge_by_covariance(TaskVectors(base, named), {"actmat": ACTMAT, "wudi": WUDI}[method])
     D = [expert - base for expert in experts]
     identity = torch.eye(shape[1], dtype=torch.float64)
-    S = [r.scale * d.T @ d + r.ridge * identity for d, r in zip(D, layer.regularized, strict=True)]
-    assert all(r.ridge > 0 for r in layer.regularized)
+    S = [r.scale * d.T @ d + r.ridge * identity for d, r in zip(D, layer.moments, strict=True)]
+    assert all(r.ridge > 0 for r in layer.moments)
     if method == "wudi":
         for s in S:  # trace normalization: shrinkage keeps the trace at 1
             assert float(s.trace()) == pytest.approx(1)

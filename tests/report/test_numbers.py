@@ -44,7 +44,7 @@ def deltas(suite: Suite, name: str) -> dict[str, Tensor]:
 
 
 def solved(report: Report) -> Iterator[LayerReport]:
-    found = [layer for layer in report.layers if layer.branch in ("heterogeneous", "homogeneous")]
+    found = [layer for layer in report.layers if layer.branch in ("heterogeneous", "homogeneous", "method")]
     assert found
     yield from found
 

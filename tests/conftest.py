@@ -1,7 +1,35 @@
-"""Fixtures shared by all tests."""
+"""What holds for all tests: the package under test, the random numbers, which tests are slow."""
+
+from pathlib import Path
 
 import pytest
 import torch
+
+import mergekit_ace
+
+ROOT = Path(__file__).parent
+# Whole checkpoints, commands, processes, environments. What is left runs in about a minute.
+SLOW = (
+    *("benchmarks", "cli", "demo", "device/test_multi_gpu.py", "end_to_end", "examples", "fuzz", "night", "output"),
+    *("packaging", "recipe", "report", "zoo"),
+)
+
+
+def pytest_configure() -> None:
+    """Refuse to test another copy of the package than the one beside these tests."""
+    found = Path(mergekit_ace.__file__).resolve().parent
+    if found != ROOT.parent / "mergekit_ace":
+        raise pytest.UsageError(
+            f"the tests of {ROOT.parent} would run on {found}: install this checkout (pip install -e .)"
+        )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow ones, which `-m "not slow"` leaves out."""
+    for item in items:
+        place = item.path.relative_to(ROOT).as_posix()
+        if place.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

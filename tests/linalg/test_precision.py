@@ -49,31 +49,43 @@ def test_a_lower_precision_is_refused_and_the_remedy_helps(how: str) -> None:
     require_full_float32(CPU)
 
 
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: these settings cannot be taken back."""
+    imports = "import torch\nfrom mergekit_ace.linalg import precision\n"
+    return subprocess.run(
+        [sys.executable, "-c", imports + code], capture_output=True, text=True, env=os.environ | environment
+    )
+
+
 @pytest.mark.skipif(not EACH_BACKEND, reason="this torch has one setting for all backends")
-@pytest.mark.parametrize("backend", ["cudnn", "cudnn.conv", "cuda.matmul"])
-def test_what_other_devices_read_is_no_reason_to_refuse(backend: str) -> None:
-    code = (
-        "import torch; from mergekit_ace.linalg.precision import require_full_float32, _lowered_setting\n"
-        f"torch.backends.{backend}.fp32_precision = 'tf32'\n"
-        "require_full_float32(torch.device('cpu'))\n"
-        "print(_lowered_setting(torch.device('cuda:0')))"
+def test_what_other_devices_read_is_no_reason_to_refuse() -> None:
+    done = run(
+        "for backend in (torch.backends.cudnn.conv, torch.backends.cudnn, torch.backends.cuda.matmul):\n"
+        "    backend.fp32_precision = 'tf32'\n"
+        "    precision.require_full_float32(torch.device('cpu'))\n"
+        "    print(precision._lowered_setting(torch.device('cuda:0')))\n"
+        "    backend.fp32_precision = 'none'\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    # cuDNN's setting for all its operations is cuBLAS's too, that for convolutions is not.
-    assert ("cuda.matmul.fp32_precision = 'tf32'" in done.stdout) == (backend != "cudnn.conv")
+    assert done.returncode == 0, done.stderr
+    of_convolutions, of_cudnn, of_products = done.stdout.splitlines()
+    # cuDNN's setting for all of its operations is cuBLAS's too.
+    assert of_convolutions == "None"
+    assert "cuda.matmul.fp32_precision = 'tf32'" in of_cudnn
+    assert "cuda.matmul.fp32_precision = 'tf32'" in of_products
 
 
-@pytest.mark.parametrize("value", ["1", "0"])
-def test_torchs_variable_is_named_with_what_undoes_it(value: str) -> None:
-    code = (
-        "import torch; from mergekit_ace.linalg.precision import require_full_float32\n"
-        "require_full_float32(torch.device('cpu'))"
-    )
-    environment = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": value}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert ("run `unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`" in done.stderr) == (value == "1")
+def test_torchs_variable_is_named_with_what_undoes_it() -> None:
+    done = run("precision.require_full_float32(torch.device('cpu'))", TORCH_ALLOW_TF32_CUBLAS_OVERRIDE="1")
+    assert done.returncode == 1
+    assert "has TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1: run `unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`" in done.stderr
     assert "set_float32_matmul_precision" not in done.stderr
-    assert done.returncode == int(value)
+
+
+def test_a_variable_that_is_off_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "0")
+    torch.set_float32_matmul_precision("high")
+    with pytest.raises(RuntimeError, match=r"'high'\. Call torch\.set_float32_matmul_precision"):
+        require_full_float32(CPU)
 
 
 @pytest.mark.skipif(not AVAILABLE, reason="this torch cannot be given a device in Python")

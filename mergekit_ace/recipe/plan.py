@@ -59,6 +59,8 @@ class Recipe:
 
     name: str
     """How messages call it."""
+    text: str
+    """As it was written."""
     document: Mapping[str, Any]
     """The YAML, as parsed."""
     config: MergeConfiguration
@@ -71,10 +73,23 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         RecipeError: it cannot be read, is not YAML, or mergekit does not accept it.
     """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} must be a YAML file; {message_of(error)}") from error
+    return parse_recipe(text, path)
+
+
+def parse_recipe(text: str, path: Path) -> Recipe:
+    """Read the text of a recipe file.
+
+    Raises:
+        RecipeError: as `read_recipe`.
+    """
     register()  # a no-op where the startup hook has run
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
         raise RecipeError(f"{path} must be a YAML file; {message_of(error)}") from error
     if not isinstance(document, Mapping):
         raise RecipeError(f"{path} must hold a mapping with merge_method and models; got {type(document).__name__}")
@@ -85,7 +100,7 @@ def read_recipe(path: Path) -> Recipe:
         config = OrderedRecipe.model_validate(document)
     except (ValueError, RuntimeError) as error:
         raise RecipeError(f"{path}: mergekit does not accept this recipe; {message_of(error)}") from error
-    return Recipe(name=str(path), document=document, config=config)
+    return Recipe(name=str(path), text=text, document=document, config=config)
 
 
 @dataclass(frozen=True, kw_only=True)

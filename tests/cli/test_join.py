@@ -44,11 +44,9 @@ def test_parts_by_size_join_to_the_unsplit_merge(count: int, recipe: Path, tmp_p
     result = invoke("join", tmp_path / "joined" / "model", *reversed(parts))
     assert result.exit_code == 0, result.output
     assert_same_tensors(tmp_path / "joined" / "model", tmp_path / "whole" / "model")
-    # Which shard a tensor is in may differ; all else is the same to the byte, the card and the tokenizer among it.
     joined, whole = files(tmp_path / "joined" / "model"), files(tmp_path / "whole" / "model")
     assert {"README.md", "config.json", "tokenizer.json", "mergekit_config.yml"} <= joined.keys()
-    others = {name for name in joined.keys() | whole.keys() if ".safetensors" not in name}
-    assert {name: joined.get(name) for name in others} == {name: whole.get(name) for name in others}
+    assert joined == whole
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "joined" / "model")
 
 
@@ -106,6 +104,12 @@ def alter_manifest(path: str, value: object) -> Alter:
     return alter
 
 
+def alter_receipt(part: Path) -> None:
+    manifest = json.loads((part / "part.json").read_text())
+    manifest["receipts"][0]["sha256"] = "0" * 64
+    (part / "part.json").write_text(json.dumps(manifest))
+
+
 @pytest.fixture
 def halves(recipe: Path, tmp_path: Path, invoke: Invoke) -> list[Path]:
     return merge_parts(invoke, recipe, tmp_path, *fractions(2))
@@ -119,12 +123,20 @@ def halves(recipe: Path, tmp_path: Path, invoke: Invoke) -> list[Path]:
         (remove, "which is damaged or missing"),
         (lambda part: (part / "part.json").unlink(), "part must be a folder written by a merge with --part"),
         (lambda part: (part / "part.json").write_text("{"), "part must have a readable part.json"),
-        (alter_manifest("format", 2), "part must have a readable part.json"),
-        (alter_manifest("merge.mergekit", "0.1.4"), "got different mergekit"),
-        (alter_manifest("merge.mergekit_ace", "0.0.1"), "got different mergekit_ace"),
-        (alter_manifest("merge.recipe", "0" * 64), "got different recipe"),
-        (alter_manifest("merge.plan", ["model.norm.weight"]), "got different plan"),
-        (alter_manifest("tensors", ["model.norm.weight"]), "every tensor must be in a part; got missing"),
+        (alter_manifest("format", 1), "part must have a readable part.json"),
+        (alter_manifest("plan.merge.mergekit", "0.1.4"), "got different mergekit"),
+        (alter_manifest("plan.merge.mergekit_ace", "0.0.1"), "got different mergekit_ace"),
+        (alter_manifest("plan.merge.recipe", "0" * 64), "got different recipe"),
+        (alter_manifest("plan.merge.tokenizer", "0" * 64), "got different tokenizer"),
+        (alter_manifest("plan.merge.plan", []), "got different plan"),
+        (alter_manifest("plan.inputs", {}), "parts must be made from the same inputs; got different"),
+        (alter_manifest("files", {}), "parts must have the same files; got different README.md"),
+        (alter_manifest("receipts", []), "every tensor must be in a part; got missing"),
+        (alter_receipt, "whose receipts were edited"),
+        (lambda part: (part / "files" / "config.json").write_text("{}"), "config.json, which is damaged or missing"),
+        (lambda part: (part / "files" / "config.json").unlink(), "config.json, which is damaged or missing"),
+        (lambda part: (part / "files" / "more.json").write_text("{}"), "part must hold its own files only"),
+        (lambda part: (part / "tensors" / "more.safetensors").touch(), "part must hold its own files only"),
     ],
 )
 def test_a_part_that_is_not_as_written_is_refused(

@@ -1,20 +1,18 @@
 """`mergekit-ace merge`: what mergekit-yaml writes, all or nothing."""
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registry
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
-from mergekit_ace.output import engine
-from mergekit_ace.output.selection import PlannedTensor
 from mergekit_ace.recipe.failures import RecipeError
+from mergekit_ace.recipe.headers import TensorHeader
+from mergekit_ace.recipe.plan import planned, read_recipe
 from tests.checkpoints import Suite, edit_tensors, make_suite
 from tests.cli.conftest import Invoke
 from tests.commands import mergekit_yaml
@@ -24,10 +22,12 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def with_sorted_card(found: dict[str, bytes]) -> dict[str, bytes]:
-    """mergekit lists the models in the order of a set, which is another one in every process."""
+def comparable(found: dict[str, bytes]) -> dict[str, bytes]:
+    """Without our record, and with a card in which the models have no order: mergekit lists them in that of a set."""
     return {
-        name: b"\n".join(sorted(text.split(b"\n"))) if name == "README.md" else text for name, text in found.items()
+        name: b"\n".join(sorted(text.split(b"\n"))) if name == "README.md" else text
+        for name, text in found.items()
+        if name != "mergekit-ace.json"
     }
 
 
@@ -44,7 +44,7 @@ def test_output_is_what_mergekit_yaml_writes(flags: list[str], recipe: Path, tmp
         *flags,
     )
     assert result.exit_code == 0, result.output
-    assert with_sorted_card(files(tmp_path / "ours" / "out")) == with_sorted_card(files(theirs))
+    assert comparable(files(tmp_path / "ours" / "out")) == comparable(files(theirs))
     assert [path.name for path in (tmp_path / "ours").iterdir()] == ["out"]
 
 
@@ -60,8 +60,8 @@ def test_methods_are_registered_without_the_hook(
 @pytest.mark.parametrize(
     ("family", "storage"), [("llama-tied", "sharded pickle"), ("mixtral", "safetensors"), ("gpt2", "pickle")]
 )
-def test_the_plan_knows_the_size_of_the_output(
-    family: str, storage: str, out_dtype: str | None, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+def test_the_plan_knows_the_output(
+    family: str, storage: str, out_dtype: str | None, tmp_path: Path, invoke: Invoke
 ) -> None:
     suite = make_suite(family, tmp_path, experts=1, storage=storage)  # type: ignore[arg-type]
     recipe = tmp_path / "recipe.yml"
@@ -71,22 +71,14 @@ def test_the_plan_knows_the_size_of_the_output(
         "models": [{"model": str(suite.experts[0].path)}],
     }
     recipe.write_text(yaml.safe_dump(document | ({"out_dtype": out_dtype} if out_dtype else {})))
-    sizes: dict[str, int] = {}
-    run = engine.run
-
-    def observed(
-        recipe: MergeConfiguration, source: str, out: Path, options: MergeOptions, choose: engine.Choice
-    ) -> None:
-        def note(tensors: Sequence[PlannedTensor]) -> Sequence[PlannedTensor]:
-            sizes.update({tensor.name: tensor.nbytes for tensor in tensors})
-            return choose(tensors)
-
-        run(recipe, source, out, options, note)
-
-    monkeypatch.setattr(engine, "run", observed)
+    with planned(read_recipe(recipe), MergeOptions()) as plan:
+        outputs = {tensor.name: tensor.output for tensor in plan.tensors}
     result = invoke("merge", recipe, tmp_path / "out", "--quiet", "--no-copy-tokenizer")
     assert result.exit_code == 0, result.output
-    assert sizes == {name: tensor.nbytes for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items()}
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert outputs == {
+        name: TensorHeader(shape=tuple(tensor.shape), dtype=tensor.dtype) for name, tensor in merged.items()
+    }
 
 
 def test_a_folder_that_is_taken_is_replaced_only_with_overwrite(recipe: Path, tmp_path: Path, invoke: Invoke) -> None:
@@ -140,8 +132,8 @@ def test_a_merge_that_fails_leaves_what_was_there(old: str | None, tmp_path: Pat
     assert name in result.stderr
     assert "expert1" in result.stderr
     assert "Traceback" not in result.output
-    assert files(tmp_path) == before
-    assert not (tmp_path / "out.partial").exists()
+    kept = {name: content for name, content in files(tmp_path).items() if not name.startswith("out.partial")}
+    assert kept == before
 
 
 def test_the_disk_is_looked_at_before_the_merge(

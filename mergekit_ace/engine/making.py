@@ -1,0 +1,187 @@
+"""One shard of a merge: read, merged, written, and recorded by a receipt."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import socket
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from transformers.trainer_utils import set_seed
+
+from mergekit_ace.engine.plan import MergePlan
+from mergekit_ace.engine.reading import ReadingAhead
+from mergekit_ace.engine.receipt import Maker, Notice, Receipt, temporary_name
+from mergekit_ace.engine.shards import OutputTensor, Shard
+from mergekit_ace.recipe.fingerprint import file_digest
+from mergekit_ace.recipe.plan import Plan, PlannedTensor
+
+OnTensor = Callable[[str, float], None]
+"""Told each tensor's name and seconds, when it is merged."""
+
+
+class ShardMaker:
+    """Makes shards of one merge, in this process and on one device.
+
+    Args:
+        plan: the recipe's, open.
+        work: the merge.
+        folder: where the shards go.
+        memory: bytes that this maker may use; reads no tensor ahead that would exceed it. No bound if None.
+        on_tensor: told of every tensor that is merged.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        work: MergePlan,
+        folder: Path,
+        *,
+        memory: int | None = None,
+        on_tensor: OnTensor = lambda name, seconds: None,
+    ) -> None:
+        self._plan = plan
+        self._work = work
+        self._folder = folder
+        self._memory = memory
+        self._on_tensor = on_tensor
+        self._tensors = {tensor.name: tensor for tensor in plan.tensors}
+
+    def make(self, shard: Shard) -> Receipt:
+        """Write a shard under its name and return its receipt; making it twice gives the same file.
+
+        Raises:
+            ValueError, RuntimeError, OSError: as reading, the merge method and the file system; for an input that
+                changed since the merge was planned; and for a result of another shape or dtype than was planned.
+        """
+        started = time.perf_counter()
+        with noticed() as notices:
+            self._require_unchanged(shard)
+            tensors = dict(self._merged(shard))
+            self._require_unchanged(shard)
+            file = self._folder / shard.file
+            sha256 = write_tensors(tensors, file) if tensors else ""
+        return Receipt(
+            key=self._work.key(shard),
+            file=shard.file,
+            tensors=tuple(described(name, tensor) for name, tensor in tensors.items()),
+            absent=tuple(output.name for output in shard.tensors if output.name not in tensors),
+            sha256=sha256,
+            inputs=self._work.sources(shard),
+            seconds=round(time.perf_counter() - started, 3),
+            warnings=tuple(notices),
+            maker=this_maker(self._plan.device),
+        ).sealed()
+
+    def _merged(self, shard: Shard) -> Iterator[tuple[str, Tensor]]:
+        planned = [self._tensors[output.name] for output in shard.tensors]
+        with ReadingAhead(self._plan, planned, self._memory) as inputs:
+            for output, tensor in zip(shard.tensors, planned, strict=True):
+                started = time.perf_counter()
+                self._seed(tensor)
+                merged = tensor.merge(inputs.next())
+                if merged is not None:
+                    _require_as_planned(output, described(output.name, merged))
+                    yield output.name, merged
+                self._on_tensor(output.name, time.perf_counter() - started)
+
+    def _seed(self, tensor: PlannedTensor) -> None:
+        """Methods that draw numbers draw the same ones for a tensor whoever makes it, and after what."""
+        seed = self._plan.options.random_seed
+        if seed is not None:
+            set_seed((seed + zlib.crc32(tensor.name.encode())) % 2**32)
+
+    def _require_unchanged(self, shard: Shard) -> None:
+        """Raise unless the inputs are the files that were planned with, by size and time of change."""
+        for model in self._plan.models:
+            folder = self._plan.folder(model)
+            for key in shard.reads:
+                if not key.startswith(f"{model}/"):
+                    continue
+                file, planned = folder / key.removeprefix(f"{model}/"), self._work.inputs[key]
+                with contextlib.suppress(OSError):  # a file that is gone is named where it is read
+                    found = file.stat()
+                    if (found.st_size, found.st_mtime_ns) != (planned.size, planned.changed):
+                        raise ValueError(f"inputs must not change during a merge; {file} did. Run the merge again")
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> str:
+    """Write a file of tensors, whole or not at all, and return its SHA-256."""
+    partial = temporary_name(file)
+    try:
+        if file.suffix == ".safetensors":
+            safetensors.torch.save_file(_unshared(tensors), partial, metadata={"format": "pt"})
+        else:
+            torch.save(dict(tensors), partial)
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
+        digest = file_digest(partial)
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return digest
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of those that share memory, which safetensors does not write."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return found
+
+
+def described(name: str, tensor: Tensor) -> OutputTensor:
+    """A tensor's name, dtype and shape."""
+    return OutputTensor(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+
+
+def _require_as_planned(planned: OutputTensor, made: OutputTensor) -> None:
+    if made != planned:
+        raise RuntimeError(
+            f"{planned.name}: the merged tensor must be {planned.dtype} {planned.shape} as planned; "
+            f"got {made.dtype} {made.shape}"
+        )
+
+
+def this_maker(device: torch.device) -> Maker:
+    """This process and its device."""
+    processor = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    )
+    return Maker(host=socket.gethostname(), processor=processor)
+
+
+@contextlib.contextmanager
+def noticed() -> Iterator[list[Notice]]:
+    """Collect the warnings that are logged in the block, by this package or mergekit."""
+    collector = _Collector(logging.WARNING)
+    root = logging.getLogger()
+    root.addHandler(collector)
+    try:
+        yield collector.notices
+    finally:
+        root.removeHandler(collector)
+
+
+class _Collector(logging.Handler):
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.notices: list[Notice] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        self.notices.append(Notice(cause=getattr(record, "cause", text), text=text))

@@ -1,0 +1,236 @@
+"""A whole merge: planned, shared out among workers, gone on with after an interruption, and put together."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mergekit.options import MergeOptions
+
+from mergekit_ace.engine import parts
+from mergekit_ace.engine.contents import require_each_once
+from mergekit_ace.engine.events import Planned, Said, ShardMade, Warned, Watcher
+from mergekit_ace.engine.files import write_files, write_index
+from mergekit_ace.engine.making import noticed
+from mergekit_ace.engine.part import Part
+from mergekit_ace.engine.plan import MergePlan, plan_merge, treatments
+from mergekit_ace.engine.receipt import Notice, Receipt, read_receipts, write_receipt
+from mergekit_ace.engine.record import write_record
+from mergekit_ace.engine.shards import Shard, arranged, by_cost, of_part
+from mergekit_ace.engine.space import require_space
+from mergekit_ace.engine.workers import Workers
+from mergekit_ace.mergekit_internals import adapter_entry_name
+from mergekit_ace.recipe.adapter_cache import adapter_folder
+from mergekit_ace.recipe.fingerprint import file_digest
+from mergekit_ace.recipe.plan import Plan, Recipe, planned
+from mergekit_ace.staging import Stage, staged_in_pieces
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to merge, and where to."""
+
+    recipe: Recipe
+    options: MergeOptions
+    out: Path
+    shard_size: int | None = None
+    """Bytes in an output file; chosen by the size of the model if None."""
+    patterns: Sequence[str] = ()
+    """Make a part: the tensors that match these glob patterns."""
+    part: Part | None = None
+    """Make a part: one of several of equal cost."""
+    overwrite: bool = False
+    resume: bool | None = None
+    """What to do with the shards of an earlier run: go on (True), start over (False), raise (None)."""
+    check_space: bool = True
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the output is a part of a model."""
+        return self.part is not None or bool(self.patterns)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where a merge is being made: what workers need to know."""
+
+    request: Request
+    plan: Plan
+    work: MergePlan
+    folder: Path
+    """Where the shards go."""
+    stage: Stage
+    watch: Watcher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A merge that is done."""
+
+    out: Path
+    tensors: int
+    nbytes: int
+    files: int
+    taken: int
+    """How many of the files were there from an earlier run."""
+    treatments: dict[str, int]
+    warnings: tuple[Notice, ...]
+    seconds: float
+    is_part: bool
+
+
+Employ = Callable[[Site], contextlib.AbstractContextManager[Workers]]
+"""Gets the workers for a merge, once it is planned."""
+
+
+def merge(request: Request, employ: Employ, watch: Watcher = lambda event: None) -> Outcome:
+    """Make a merge, or a part of one; its folder appears when it is whole.
+
+    Raises:
+        FileExistsError, BlockingIOError, ValueError: as `staged_in_pieces`.
+        RecipeError: mergekit cannot plan the recipe.
+        Exception: what kept a tensor from being merged. Shards that were finished are kept, for `resume`.
+    """
+    started = time.perf_counter()
+    recipe, options = request.recipe, request.options
+    inputs = [Path(recipe.name), *_local_inputs(recipe)]
+    with contextlib.ExitStack() as stack:
+        stage = stack.enter_context(
+            staged_in_pieces(request.out, overwrite=request.overwrite, inputs=inputs, resume=request.resume)
+        )
+        notices = stack.enter_context(noticed())
+        _say_adapters(recipe, options, watch)
+        plan = stack.enter_context(planned(recipe, options))
+        whole = plan_merge(plan, options, shard_size=request.shard_size, patterns=request.patterns)
+        work = whole if request.part is None else _part(whole, request.part)
+        folder = stage.folder / parts.TENSORS if request.is_part else stage.folder
+        folder.mkdir(exist_ok=True)
+        stage.receipts.mkdir(exist_ok=True)
+        taken = _take(work, folder, stage)
+        todo = [shard for shard in work.shards if shard.file not in taken]
+        if request.check_space:
+            require_space(request.out, sum(shard.nbytes for shard in todo))
+        _write_others(request, plan, stage.folder)
+        early = tuple(notices)
+        site = Site(request=request, plan=plan, work=work, folder=folder, stage=stage, watch=watch)
+        receipts = [*taken.values(), *_make(site, employ, by_cost(todo), list(taken.values()))]
+        _finish(request, work, receipts, stage.folder)
+        counts = dict(treatments(plan))
+    return Outcome(
+        out=request.out,
+        tensors=sum(len(receipt.tensors) for receipt in receipts),
+        nbytes=sum(tensor.nbytes for receipt in receipts for tensor in receipt.tensors),
+        files=sum(bool(receipt.tensors) for receipt in receipts),
+        taken=len(taken),
+        treatments=counts,
+        warnings=first_of_each([*early, *(notice for receipt in receipts for notice in receipt.warnings)]),
+        seconds=time.perf_counter() - started,
+        is_part=request.is_part,
+    )
+
+
+def first_of_each(notices: Sequence[Notice]) -> tuple[Notice, ...]:
+    """The first warning of every cause."""
+    found: dict[str, Notice] = {}
+    for notice in notices:
+        found.setdefault(notice.cause, notice)
+    return tuple(found.values())
+
+
+def _local_inputs(recipe: Recipe) -> list[Path]:
+    models = recipe.config.referenced_models()
+    paths = [Path(path.path) for model in models for path in (model.model, model.lora) if path is not None]
+    return [path for path in paths if path.exists()]
+
+
+def _say_adapters(recipe: Recipe, options: MergeOptions, watch: Watcher) -> None:
+    for model in recipe.config.referenced_models():
+        if model.lora is not None and options.lora_merge_cache:
+            entry = adapter_folder(model, options) / adapter_entry_name(model)
+            if entry.is_dir():
+                watch(Said(f"Taking {model} from the adapter cache, where it was merged before: {entry}"))
+
+
+def _part(work: MergePlan, part: Part) -> MergePlan:
+    chosen = of_part(work.shards, part)
+    return work.model_copy(update={"shards": tuple(chosen)})
+
+
+def _take(work: MergePlan, folder: Path, stage: Stage) -> dict[str, Receipt]:
+    """The shards of an earlier run that are what this one would make; all else of it is removed."""
+    found = read_receipts(stage.receipts)
+    taken = {}
+    for shard in work.shards:
+        receipt = found.get(shard.file)
+        if (
+            receipt is not None
+            and receipt.key == work.key(shard)
+            and receipt.inputs == work.sources(shard)
+            and _is_as_written(folder / shard.file, receipt)
+        ):
+            taken[shard.file] = receipt
+    for file in [*folder.iterdir(), *stage.receipts.iterdir()]:
+        if file.is_file() and file.name.removesuffix(".json") not in taken:
+            file.unlink()
+    return taken
+
+
+def _is_as_written(file: Path, receipt: Receipt) -> bool:
+    if not receipt.sha256:
+        return not receipt.tensors
+    return file.is_file() and file_digest(file) == receipt.sha256
+
+
+def _write_others(request: Request, plan: Plan, folder: Path) -> None:
+    if request.is_part:
+        shutil.rmtree(folder / parts.FILES, ignore_errors=True)  # an earlier run's
+        (folder / parts.FILES).mkdir()
+        write_files(plan, request.recipe.text, folder / parts.FILES, parts.CARD_NAME)
+    else:
+        write_files(plan, request.recipe.text, folder, folder.name)
+
+
+def _make(site: Site, employ: Employ, todo: Sequence[Shard], taken: Sequence[Receipt]) -> Iterator[Receipt]:
+    said: set[str] = set()
+
+    def warn(notices: Sequence[Notice]) -> None:
+        for notice in notices:
+            if notice.cause not in said:
+                said.add(notice.cause)
+                site.watch(Warned(notice))
+
+    with employ(site) as workers:
+        site.watch(Planned(site.work, tuple(todo), tuple(taken), workers.description, workers.elsewhere))
+        for receipt in workers.make(todo):
+            write_receipt(receipt, site.stage.receipts)
+            warn(receipt.warnings)
+            site.watch(ShardMade(receipt))
+            yield receipt
+
+
+def _finish(request: Request, work: MergePlan, receipts: Sequence[Receipt], folder: Path) -> None:
+    """Put together what the shards make up, and check it by the files' own headers."""
+    absent = {name for receipt in receipts for name in receipt.absent}
+    written = [receipt for receipt in receipts if receipt.sha256]
+    planned_here = [tensor for shard in work.shards for tensor in shard.tensors]
+    if request.is_part:
+        require_each_once(planned_here, [folder / parts.TENSORS / r.file for r in written], absent)
+        parts.seal(folder, work, receipts)
+        return
+    safetensors = request.options.safe_serialization
+    layout = arranged(work.merge.plan, work.merge.shard_size, absent, safetensors=safetensors)
+    # A shard of which nothing was there shifts the numbers of those after it.
+    for receipt, name in zip(sorted(written, key=lambda receipt: receipt.file), layout, strict=True):
+        if receipt.file != name:
+            (folder / receipt.file).rename(folder / name)
+    require_each_once(work.merge.plan, [folder / name for name in layout], absent)
+    if len(layout) > 1:
+        weights = {tensor.name: tensor for tensors in layout.values() for tensor in tensors}
+        files = {tensor.name: name for name, tensors in layout.items() for tensor in tensors}
+        write_index(weights, files, folder, safetensors=safetensors)
+    digests = dict(zip(layout, (receipt.sha256 for receipt in sorted(written, key=lambda r: r.file)), strict=True))
+    write_record(work.merge, work.inputs, digests, folder)

@@ -1,0 +1,95 @@
+"""The next tensor's inputs, read while the present one is merged."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from types import TracebackType
+
+from mergekit.common import ModelReference
+from torch import Tensor
+
+from mergekit_ace.recipe.plan import Plan, PlannedTensor
+
+LOG = logging.getLogger("mergekit_ace")
+
+Gathered = Mapping[ModelReference, Tensor]
+
+
+class ReadingAhead:
+    """Hands out the inputs of tensors one after the other, and reads one ahead in a thread of its own.
+
+    Args:
+        plan: the recipe's, open.
+        tensors: what is to be read, in order.
+        memory: bytes that may be used; where two tensors' inputs exceed it, one is read at a time. No bound if None.
+    """
+
+    def __init__(self, plan: Plan, tensors: Sequence[PlannedTensor], memory: int | None = None) -> None:
+        self._plan = plan
+        self._tensors = list(tensors)
+        self._place = 0
+        self._memory = memory
+        self._ahead: Future[Gathered] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reading")
+        self._files = ExitStack()
+
+    def __enter__(self) -> ReadingAhead:
+        # Entered in the reading thread: mergekit keeps its open files by thread.
+        self._thread.submit(lambda: self._files.enter_context(self._plan.reader())).result()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._ahead is not None:
+            self._ahead.cancel()
+        self._thread.submit(self._files.close)
+        self._thread.shutdown(wait=True, cancel_futures=False)
+
+    def next(self) -> Gathered:
+        """The inputs of the next tensor.
+
+        Raises:
+            ValueError, RuntimeError, KeyError, OSError, SafetensorError: it cannot be read.
+        """
+        reading = self._ahead or self._read(self._place)
+        gathered = reading.result()
+        self._place += 1
+        self._ahead = None
+        if self._place < len(self._tensors) and self._fits(self._place):
+            self._ahead = self._read(self._place)
+        return gathered
+
+    def _read(self, place: int) -> Future[Gathered]:
+        return self._thread.submit(_gather, self._tensors[place])
+
+    def _fits(self, place: int) -> bool:
+        if self._memory is None:
+            return True
+        return needed(self._tensors[place - 1]) + input_bytes(self._tensors[place]) <= self._memory
+
+
+def input_bytes(tensor: PlannedTensor) -> int:
+    """Size of what is read for a tensor."""
+    output = tensor.output
+    if output is None:
+        return 0
+    return output.bytes * sum(1 for model in (tensor.base, *tensor.experts) if model is not None)
+
+
+def needed(tensor: PlannedTensor) -> int:
+    """Size of a tensor's inputs and of what its merge takes beside them."""
+    return 2 * input_bytes(tensor)
+
+
+def _gather(tensor: PlannedTensor) -> Gathered:
+    gathered = tensor.gather()
+    for part in gathered.values():
+        if part.device.type == "cpu" and part.is_contiguous():
+            # A tensor of a mapped file is read where its pages are touched: here, and not in the merge.
+            part.flatten()[:: max(1, _PAGE // part.element_size())].sum()
+    return gathered
+
+
+_PAGE = 4096

@@ -1,0 +1,23 @@
+"""The process itself as the only worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mergekit_ace.engine.making import ShardMaker
+from mergekit_ace.engine.receipt import Receipt
+from mergekit_ace.engine.shards import Shard
+
+
+@dataclass(frozen=True)
+class Inline:
+    """Makes one shard after the other."""
+
+    maker: ShardMaker
+    description: str = "this process"
+    elsewhere: bool = False
+
+    def make(self, shards: Sequence[Shard]) -> Iterator[Receipt]:
+        """As `Workers.make`."""
+        return map(self.maker.make, shards)

@@ -12,6 +12,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 import mergekit_ace
 from mergekit_ace.cli.failures import reported
+from mergekit_ace.engine.events import Event, Said
 from mergekit_ace.engine.making import ShardMaker
 from mergekit_ace.engine.merging import Request, Site
 from mergekit_ace.engine.merging import merge as run_merge
@@ -97,9 +98,14 @@ def merge(
             resume=resume,
             check_space=check_space,
         )
-        run_merge(request, _employ)
+        run_merge(request, _employ, _show)
 
 
 @contextlib.contextmanager
 def _employ(site: Site) -> Iterator[Inline]:
     yield Inline(ShardMaker(site.plan, site.work, site.folder))
+
+
+def _show(event: Event) -> None:
+    if isinstance(event, Said):
+        click.echo(event.text, err=True)

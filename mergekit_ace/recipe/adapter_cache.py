@@ -7,6 +7,7 @@ lies in a folder named by the content of both, and appears whole.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -40,13 +41,18 @@ def merged_adapter(model: ModelReference, options: MergeOptions) -> ModelReferen
     if entry.is_dir():
         LOG.info("Taking %s from the adapter cache: %s", model, entry)
         return ModelReference(model=ModelPath(path=str(entry)))
-    with staged(entry) as folder:
-        folder.rmdir()  # mergekit makes it
-        model.merged(
-            cache_dir=str(folder.parent),
-            trust_remote_code=options.trust_remote_code,
-            lora_merge_dtype=options.lora_merge_dtype,
-        )
+    try:
+        with staged(entry) as folder:
+            folder.rmdir()  # mergekit makes it
+            model.merged(
+                cache_dir=str(folder.parent),
+                trust_remote_code=options.trust_remote_code,
+                lora_merge_dtype=options.lora_merge_dtype,
+            )
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty: another process is at it
+            cache.rmdir()
+        raise
     return ModelReference(model=ModelPath(path=str(entry)))
 
 

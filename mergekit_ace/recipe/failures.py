@@ -22,6 +22,8 @@ def message_of(error: BaseException) -> str:
             "mergekit-ace check names it"
         )
     words = str(error).strip()
+    if isinstance(error, MemoryError) and not words:
+        return "out of memory"
     if isinstance(error, KeyError | SafetensorError | EOFError) or not words:
         return f"{type(error).__name__}: {words}".rstrip(": ")
     return words

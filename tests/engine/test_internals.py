@@ -34,7 +34,8 @@ def test_a_mergekit_that_changed_is_refused_by_what_changed(monkeypatch: pytest.
 
 def test_no_other_module_uses_them() -> None:
     for file in PACKAGE.rglob("*.py"):
-        if file.name == "mergekit_internals.py":
+        # Methods are imported while mergekit.merge_methods is half imported, and with it all that plans merges.
+        if file.name in ("mergekit_internals.py", "quantized_inputs.py"):
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module is not None:

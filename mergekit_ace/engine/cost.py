@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mergekit.common import ModelReference
 
-from mergekit_ace.layer.workload import multiply_adds
+from mergekit_ace.matrix.workload import multiply_adds
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
 

@@ -1,5 +1,7 @@
 """Merge four real adapters by ACE and by three other methods, score them all, and print one table.
 
+ACE merges them twice: to a model, and by `mergekit-ace merge --adapter` to one adapter, which must be the same.
+
     python -m demo [--limit N]
 
 Run from the repository root. Everything it writes goes to `demo/out`; the merged model is in `demo/out/ace`.
@@ -41,6 +43,11 @@ def merge_command(recipe: Path, out: Path, cache: Path) -> list[str]:
     return [str(Path(sys.executable).with_name("mergekit-yaml")), str(recipe), str(out), *adapters]
 
 
+def adapter_command(recipe: Path, out: Path) -> list[str]:
+    """The same recipe, to one adapter; the base is not read."""
+    return [str(Path(sys.executable).with_name("mergekit-ace")), "merge", str(recipe), str(out), "--adapter"]
+
+
 def relative_means(accuracy: dict[str, dict[str, float]]) -> dict[str, float]:
     """Mean over the tasks of each model's accuracy divided by that of the task's own expert."""
     experts = accuracy["experts"]
@@ -80,6 +87,10 @@ def demonstrate(limit: int | None, console: Console) -> dict[str, Any]:
         cache = OUT / "adapters-in-base"
         cost[model] = step(f"merge {model}", merge_command(Path("examples", "yaml", recipe), OUT / model, cache))
         shutil.rmtree(ROOT / cache)
+    recipe = Path("examples", "yaml", RECIPES["ace"])
+    cost["ace-adapter"] = step("merge ace to one adapter", adapter_command(recipe, OUT / "ace-adapter"))
+    compared = [str(OUT / name) for name in ("base", "ace-adapter", "ace")]
+    step("compare both", [*python, "demo.agreement", *compared, "--to", str(OUT / "agreement.json")])
     scored = [*python, "demo.scoring", str(OUT / "base"), *(str(OUT / model) for model in RECIPES)]
     scored += ["--to", str(OUT / "accuracy.json")] + ([] if limit is None else ["--limit", str(limit)])
     step("score", scored)
@@ -88,6 +99,7 @@ def demonstrate(limit: int | None, console: Console) -> dict[str, Any]:
         "accuracy": accuracy,
         "relative_mean": relative_means(accuracy),
         "cost": cost,
+        "agreement": json.loads((out / "agreement.json").read_text(encoding="utf-8")),
         "texts_per_task_limit": limit,
         "total_seconds": time.perf_counter() - started,
         "environment": where,
@@ -108,6 +120,12 @@ def main() -> None:
         sys.exit(f"demo: {error}")
     (ROOT / OUT / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     console.print(draw(results))
+    agreement = results["agreement"]
+    console.print(
+        f"As one adapter ({OUT / 'ace-adapter'}, {agreement['adapter_bytes'] / 1e6:.0f} MB): the same weights as the "
+        f"merged model, to {agreement['relative_difference']:.0e} of its change.",
+        highlight=False,
+    )
     console.print(f"{results['total_seconds']:.0f} seconds in all. The merged model: {OUT / 'ace'}")
     console.print(f"These numbers, with the environment: {OUT / 'results.json'}", highlight=False)
 

@@ -11,9 +11,10 @@ __version__ = "0.1.0"
 # Public name -> the module that holds it, imported when the name is first asked for.
 _PUBLIC = {
     "METHODS": "mergekit_ace.methods",
+    "merge_adapters": "mergekit_ace.adapters.python",
 }
 
-__all__ = ["METHODS", "__version__", "register"]
+__all__ = ["METHODS", "__version__", "merge_adapters", "register"]
 
 
 def register() -> None:

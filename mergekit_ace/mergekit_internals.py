@@ -29,6 +29,7 @@ from mergekit.merge import (
 )
 from mergekit.merge_methods.dtype import align_dtype
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.parameter_resolver import resolve_parameters
 from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from mergekit.tokenizer.build import TokenizerInfo, build_tokenizer, build_union_tokenizer, get_stripped_tokenizer
@@ -66,6 +67,7 @@ __all__ = [
     "method_md",
     "model_out_config",
     "require_known_mergekit",
+    "resolve_parameters",
     "set_chat_template",
     "update_config_vocab",
 ]
@@ -95,6 +97,7 @@ _FUNCTIONS: Mapping[Any, str] = {
     align_dtype: "group dtype",
     MergePlanner.__init__: "self config arch_info options out_model_config",
     MergePlanner.plan_to_disk: "self out_path",
+    resolve_parameters: "spec tensor_name inputs sources base_model t",
     ModelReference.merged: "self cache_dir trust_remote_code lora_merge_dtype",
     ModelReference.lazy_loader: "self cache_dir lazy_unpickle",
 }

@@ -27,7 +27,7 @@ from pathlib import Path
 LOG = logging.getLogger("mergekit_ace")
 
 # Files that tell a model, or a part of one, from a folder that somebody needs: only the former may be replaced.
-_OURS = ("config.json", "part.json")
+_OURS = ("config.json", "part.json", "adapter_config.json", "merge_report.json")
 
 _REMOVAL_ATTEMPTS = 5
 

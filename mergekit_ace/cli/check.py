@@ -9,6 +9,8 @@ from mergekit.options import MergeOptions, add_merge_options
 from rich.console import Console
 from rich.filesize import decimal
 
+from mergekit_ace.adapters.truncation import Rank
+from mergekit_ace.cli.adapters import check_adapters, parse_rank
 from mergekit_ace.cli.help import Command
 from mergekit_ace.recipe.check import Examination, check_recipe
 
@@ -18,8 +20,10 @@ _EXIT_STATUSES = {0: "no errors", 1: "errors (with --strict, warnings too)", 2: 
 @click.command("check", cls=Command, exit_statuses=_EXIT_STATUSES)
 @click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--strict", is_flag=True, help="End with status 1 for warnings too")
+@click.option("--adapter", is_flag=True, help="Check for merge --adapter: from the adapters alone, without a base")
+@click.option("--rank", callback=parse_rank, metavar="N|auto", help="With --adapter: what this rank would keep")
 @add_merge_options
-def check(merge_options: MergeOptions, config_file: Path, strict: bool) -> None:
+def check(merge_options: MergeOptions, config_file: Path, strict: bool, adapter: bool, rank: Rank) -> None:
     """Find what mergekit would pass over in silence in the recipe CONFIG_FILE; takes the options of mergekit-yaml.
 
     Unknown keys and parameters, filters that match nothing, files that are missing or cut short, experts that are the
@@ -27,6 +31,11 @@ def check(merge_options: MergeOptions, config_file: Path, strict: bool) -> None:
     on this machine.
     """
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
+    if adapter:
+        check_adapters(config_file, merge_options, rank=rank, strict=strict)
+        return
+    if rank is not None:
+        raise click.UsageError("--rank is that of an adapter; add --adapter")
     examination = check_recipe(config_file, merge_options)
     _show(examination)
     if examination.errors or (strict and examination.warnings):

@@ -11,6 +11,8 @@ from click.core import ParameterSource
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 import mergekit_ace
+from mergekit_ace.adapters.truncation import Rank
+from mergekit_ace.cli.adapters import parse_rank, write_adapter
 from mergekit_ace.cli.failures import reported
 from mergekit_ace.engine.events import Event, Said
 from mergekit_ace.engine.making import ShardMaker
@@ -57,6 +59,13 @@ def _parse_part(ctx: click.Context, param: click.Parameter, value: str | None) -
     show_default=True,
     help="End at once if the output will not fit on the disk",
 )
+@click.option("--adapter", is_flag=True, help="Write one adapter out of a recipe's adapters; the base is not read")
+@click.option(
+    "--rank",
+    callback=parse_rank,
+    metavar="N|auto",
+    help="With --adapter: the rank of the result; auto: the smallest that keeps 99 percent  [default: without loss]",
+)
 @add_merge_options
 @click.pass_context
 def merge(
@@ -69,6 +78,8 @@ def merge(
     patterns: Sequence[str],
     part: Part | None,
     check_space: bool,
+    adapter: bool,
+    rank: Rank,
 ) -> None:
     """Run the recipe CONFIG_FILE as mergekit-yaml does, with all its options, and write OUT_PATH.
 
@@ -77,8 +88,14 @@ def merge(
 
     With --part or --only-tensors the output is a part of a model, for `mergekit-ace join`. Every machine needs the
     same recipe and the same inputs.
+
+    With --adapter every model of the recipe is base+adapter, and the output is an adapter of that base.
     """
     partly = part is not None or bool(patterns)
+    if rank is not None and not adapter:
+        raise click.UsageError("--rank is that of an adapter; add --adapter")
+    if partly and adapter:
+        raise click.UsageError("an adapter is small, and is not made in parts; drop --part and --only-tensors")
     if partly and not merge_options.safe_serialization:
         raise click.UsageError("a part of a merge is written as safetensors; drop --no-safe-serialization")
     given = ctx.get_parameter_source("out_shard_size") not in (None, ParameterSource.DEFAULT)
@@ -86,6 +103,9 @@ def merge(
         merge_options.apply_global_options()  # type: ignore[no-untyped-call]
         mergekit_ace.register()
         recipe = read_recipe(config_file)
+        if adapter:
+            write_adapter(recipe.config, config_file, out_path, merge_options, rank=rank, overwrite=overwrite)
+            return
         require_sound_inputs(recipe, merge_options)
         request = Request(
             recipe=recipe,

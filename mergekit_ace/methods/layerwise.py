@@ -88,6 +88,10 @@ class LayerwiseMethod(GroupMergeMethod):
         Asked for two experts or more; `scale` is applied to the result.
         """
 
+    def needs_entries(self, parameters: Mapping[str, Any]) -> str | None:
+        """Why the merge depends on single entries of a matrix, and cannot be had from factors; None: it can."""
+        return None
+
     def scale(self, parameters: Mapping[str, Any]) -> float:
         """What the merged task vector is multiplied by: `lambda`, unless the method has another use for it."""
         return float(parameters["lambda"])

@@ -64,3 +64,9 @@ class Wudi(LayerwiseMethod):
             task_vectors, steps=parameters["steps"], learning_rate=parameters["learning_rate"]
         )
         return MatrixMerge(task_vector=merged)
+
+    def needs_entries(self, parameters: Mapping[str, Any]) -> str | None:
+        """Adam moves every entry by itself, so that what it gives is of full rank."""
+        if parameters["solver"] == "closed_form":
+            return None
+        return "solver: adam moves every entry of a matrix by itself, and gives no adapter. Set solver: closed_form"

@@ -65,6 +65,15 @@ def test_the_table_has_a_row_for_each_model_and_fits_80_columns(demo: Demo) -> N
     assert max(map(len, demo.printed.splitlines())) <= 80
 
 
+def test_one_adapter_is_the_merged_model(demo: Demo) -> None:
+    agreement = demo.results["agreement"]
+    # The merged model is rounded to float32 weights of size one; its change is some hundredths of them.
+    assert agreement["relative_difference"] < 1e-3
+    assert agreement["largest_difference"] < 1e-5
+    assert agreement["adapter_bytes"] < agreement["model_bytes"] / 4
+    assert "the same weights as the" in demo.printed
+
+
 def test_each_expert_is_far_above_the_base_and_chance(demo: Demo) -> None:
     accuracy = demo.results["accuracy"]
     better = [accuracy["experts"][task.name] - accuracy["base"][task.name] for task in TASKS]

@@ -1,0 +1,1 @@
+"""How adapters are stored: one module a layout, each reading and writing."""

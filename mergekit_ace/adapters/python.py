@@ -1,0 +1,123 @@
+"""`merge_adapters`: adapters in, one adapter out, from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mergekit.config import ParameterSetting
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from mergekit_ace.adapters.from_recipe import method_called
+from mergekit_ace.adapters.model import Adapter
+from mergekit_ace.adapters.opening import adapter_from_tensors, adapters_inside, adapters_of_model, open_adapter
+from mergekit_ace.adapters.request import Request
+from mergekit_ace.adapters.result import MergedAdapter, in_memory
+from mergekit_ace.adapters.tensors import AdapterError
+from mergekit_ace.adapters.truncation import Rank
+from mergekit_ace.adapters.write import write_merged
+from mergekit_ace.staging import staged
+
+_SETTINGS = TypeAdapter(dict[str, ParameterSetting])
+Source = str | Path | tuple[Mapping[str, Tensor], Mapping[str, Any]] | Mapping[str, Tensor]
+"""A folder or file; a state dict with peft's configuration; a state dict of a diffusion adapter."""
+
+
+def merge_adapters(
+    adapters: Iterable[Source] | Any,
+    *,
+    method: str = "ace",
+    weights: Sequence[float] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    rank: Rank = None,
+    base: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+) -> MergedAdapter:
+    """Merge adapters of one base model to one adapter, by the factors alone; the base is not needed.
+
+        merged = merge_adapters(["maths", "code", "law"], out="all-three")
+        merged.report.weights[0].outputs_kept
+
+    Args:
+        adapters: folders or files, state dicts, or a live `PeftModel`, whose adapters are merged; or a folder of
+            several.
+        method: of the catalogue, as in recipes: `mergekit-ace methods` lists them.
+        weights: one for each adapter; equal when None.
+        parameters: of the method, as in a recipe's `parameters`, filters included.
+        rank: of the result: a number; `auto`, the smallest that keeps 99 percent of each update's energy; or None:
+            no loss, up to the sum of the ranks.
+        base: the model that they are adapters of, where they name it differently.
+        dtype: of the result's tensors.
+        out: a folder to write, whole or not at all.
+        overwrite: replace an adapter that is there.
+
+    Raises:
+        AdapterError: an adapter cannot be read or merged, or does not fit the others.
+        ValueError: a parameter is unknown, or out of its range.
+        FactorizationError: a system that no jitter makes positive definite.
+    """
+    opened = _opened(adapters)
+    chosen = method_called(method)
+    known = {parameter.name for parameter in chosen.parameters}
+    if unknown := [name for name in parameters or {} if name not in known]:
+        raise ValueError(f"parameters must be of {method}: {', '.join(sorted(known))}; got {unknown[0]}")
+    if weights is not None and len(weights) != len(opened):
+        raise ValueError(f"weights must be one for each of the {len(opened)} adapters; got {len(weights)}")
+    _require_rank(rank)
+    request = Request(
+        adapters=tuple(opened),
+        method=chosen,
+        shared=_SETTINGS.validate_python(dict(parameters or {})),
+        own=[{"weight": weight} for weight in weights or [1.0] * len(opened)],
+        base=base,
+        rank=rank,
+        dtype=dtype,
+    )
+    if out is None:
+        return in_memory(request)
+    inputs = [Path(source) for source in _listed(adapters) if isinstance(source, str | Path)]
+    with staged(Path(out), overwrite=overwrite, inputs=inputs) as folder:
+        merged = in_memory(request)
+        write_merged(merged, folder)
+    return merged
+
+
+def _opened(adapters: Any) -> list[Adapter]:
+    if hasattr(adapters, "peft_config"):
+        return adapters_of_model(adapters)
+    if isinstance(adapters, str | Path):
+        inside = adapters_inside(Path(adapters))
+        if not inside:
+            raise AdapterError(f"adapters must be a list of folders, or a folder of several; got {adapters}")
+        return [open_adapter(folder, name=folder.name) for folder in inside]
+    return [_open(source, f"number {index}") for index, source in enumerate(_listed(adapters), 1)]
+
+
+def _open(source: Any, name: str) -> Adapter:
+    if isinstance(source, str | Path):
+        return open_adapter(Path(source))
+    if isinstance(source, tuple):
+        tensors, settings = source
+        return adapter_from_tensors(tensors, settings, name=name)
+    if isinstance(source, Mapping):
+        return adapter_from_tensors(source, name=name)
+    raise AdapterError(
+        f"adapters must be folders, state dicts (for peft's with their configuration) or a PeftModel; got "
+        f"{type(source).__name__}"
+    )
+
+
+def _listed(adapters: Any) -> list[Any]:
+    return (
+        [] if hasattr(adapters, "peft_config") else [adapters] if isinstance(adapters, str | Path) else list(adapters)
+    )
+
+
+def _require_rank(rank: Rank) -> None:
+    if rank is not None and rank != "auto" and not (isinstance(rank, int) and rank > 0):
+        raise ValueError(f"rank must be a whole number above 0, 'auto' or None; got {rank!r}")

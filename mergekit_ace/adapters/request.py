@@ -1,0 +1,157 @@
+"""What a merge of adapters is asked for: adapters, method and, for every weight, its parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mergekit.config import ParameterSetting
+
+from mergekit_ace.adapters.model import Adapter, Place
+from mergekit_ace.adapters.tensors import AdapterError
+from mergekit_ace.adapters.truncation import Rank
+from mergekit_ace.mergekit_internals import resolve_parameters
+from mergekit_ace.methods.layerwise import LayerwiseMethod
+
+Settings = Mapping[str, ParameterSetting] | None
+_LAYER = re.compile(r"\.(\d+)(?:\.|$)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A merge of adapters.
+
+    Attributes:
+        adapters: two or more, or one; of one layout.
+        method: of the catalogue.
+        shared: a recipe's `parameters`.
+        own: the `parameters` of each adapter, in their order.
+        base: the model that they are adapters of; None to take their own word for it, which then must be the same.
+        rank: of the result.
+        dtype: that its tensors are stored in.
+        layers: of the base, where its configuration is at hand: gradients of parameters run along them.
+    """
+
+    adapters: tuple[Adapter, ...]
+    method: LayerwiseMethod
+    shared: Settings = None
+    own: Sequence[Settings] = ()
+    base: str | None = None
+    rank: Rank = None
+    dtype: torch.dtype = torch.float32
+    layers: int | None = None
+    _places: dict[str, Place] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        _require_one_layout(self.adapters)
+        _require_kinship(self.adapters, self.base)
+        self._places.update(_common_places(self.adapters))
+
+    @property
+    def base_name(self) -> str | None:
+        """The base model's name or path, where somebody says it."""
+        return self.base or next((adapter.base for adapter in self.adapters if adapter.base), None)
+
+    @property
+    def places(self) -> Mapping[str, Place]:
+        """Every weight that an adapter updates, in the order of the first that has it."""
+        return self._places
+
+    def parameters(self, name: str) -> Mapping[str, Any]:
+        """The method's parameters for a tensor; `weight` holds one number for each adapter, in their order."""
+        own = self.own or [None] * len(self.adapters)
+
+        def sources(adapter: Any) -> Iterable[Settings]:
+            return [self.shared] if adapter is None else [own[adapter], self.shared]
+
+        shared, each = resolve_parameters(
+            self.method.spec,
+            tensor_name=name,
+            # Their places stand for the adapters: mergekit's own references cannot be had for a state dict.
+            inputs=dict.fromkeys(range(len(self.adapters)), name),  # type: ignore[arg-type]
+            sources=sources,
+            t=self._position(name),
+        )
+        scoped = {
+            parameter.name: tuple(each[t][parameter.name] for t in range(len(self.adapters)))  # type: ignore[index]
+            for parameter in self.method.spec.input_parameters
+        }
+        return {**shared, **scoped}
+
+    def _position(self, name: str) -> float:
+        """Where a tensor's layer is between the first, 0, and the last, 1; as mergekit has it."""
+        found = _LAYER.search(name)
+        if found is None:
+            return 0.0
+        layers = self.layers or 1 + max(int(m[1]) for place in self._places if (m := _LAYER.search(place)))
+        return int(found[1]) / (layers - 1) if layers > 1 else 1.0
+
+
+def _require_one_layout(adapters: Sequence[Adapter]) -> None:
+    if not adapters:
+        raise AdapterError("a merge of adapters must have at least one; got none")
+    first = adapters[0]
+    for other in adapters[1:]:
+        if other.layout != first.layout:
+            raise AdapterError(
+                f"adapters must have keys of one layout; {first.name} has those of {first.layout}, {other.name} those "
+                f"of {other.layout}. Convert one of them"
+            )
+
+
+def _common_places(adapters: Sequence[Adapter]) -> dict[str, Place]:
+    places: dict[str, Place] = {}
+    owners: dict[str, str] = {}
+    for adapter in adapters:
+        for name, update in adapter.updates.items():
+            known = places.setdefault(name, update.place)
+            owner = owners.setdefault(name, adapter.name)
+            if (known.kind, known.shape, known.transposed) != (
+                update.place.kind,
+                update.place.shape,
+                update.place.transposed,
+            ):
+                raise AdapterError(
+                    f"{name} must be the same weight for all adapters; it is {_described(known)} for {owner} and "
+                    f"{_described(update.place)} for {adapter.name}. Merge adapters of one base model"
+                )
+    return places
+
+
+def _described(place: Place) -> str:
+    return f"{place.kind} {place.shape}" + (", stored inputs first," if place.transposed else "")
+
+
+def _require_kinship(adapters: Sequence[Adapter], base: str | None) -> None:
+    """Adapters of different models often fit by their shapes, and their sum means nothing."""
+    named = [(adapter.name, adapter.base) for adapter in adapters if adapter.base]
+    if base is None:
+        for name, theirs in named[1:]:
+            if model_name(theirs) != model_name(named[0][1]):
+                raise AdapterError(
+                    f"adapters must be of one base model; {named[0][0]} was trained on {named[0][1]}, {name} on "
+                    f"{theirs}. Say which base they share if both are the same model"
+                )
+    same_base = len(named) == len(adapters) and len({model_name(theirs) for _, theirs in named}) == 1
+    stems = [_stems(adapter) for adapter in adapters]
+    for adapter, own in zip(adapters, stems, strict=True):
+        others = set[str]().union(*(other for other in stems if other is not own))
+        if len(adapters) > 1 and not same_base and not own & others:
+            raise AdapterError(
+                f"adapters of one base must have modules in common; {adapter.name} has {', '.join(sorted(own))}, the "
+                f"others have {', '.join(sorted(others))}. Check that it is an adapter of the same model"
+            )
+
+
+def _stems(adapter: Adapter) -> set[str]:
+    """Names of its modules up to the number of their layer: those of two architectures differ."""
+    names = [*(update.place.module for update in adapter.updates.values()), *adapter.replaced, *adapter.tokens]
+    return {_LAYER.split(name, maxsplit=1)[0].removeprefix("base_model.model.") for name in names}
+
+
+def model_name(base: str | None) -> str:
+    """The last part of a path or of a hub's name: people keep one model at many places."""
+    return (base or "").rstrip("/").rpartition("/")[2]

@@ -1,0 +1,106 @@
+"""Every method of the catalogue gives on cores what it gives on the matrices themselves."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergekit_ace.adapters.core_space import core_space, task_vectors_of
+from mergekit_ace.adapters.model import Factors
+from mergekit_ace.matrix.expert import Expert
+from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.methods import METHODS
+from mergekit_ace.mergekit_internals import resolve_parameters
+
+# Relative to the length of the result, in float64 and in float32.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-4}
+# Wide, tall, square; ranks that together are below, and above, one side.
+SHAPES = {"wide": (24, 60), "tall": (60, 24), "square": (40, 40), "more rank than rows": (10, 48)}
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "ace": [
+        {},
+        {"correlation_threshold": 0},
+        {"preset": "published"},
+        {"preset": "published", "heterogeneity_threshold": 0},
+        {"preset": "published", "epsilon": "auto", "structural_prior": False},
+        {"structural_prior": True, "correlation_threshold": 0, "epsilon": 0.1},
+    ],
+    "iso_cts": [{}, {"common_fraction": 0.1}],
+    "cart": [{}, {"rank_fraction": 0.2, "lambda": 2.0}],
+}
+CASES = [
+    pytest.param(method, settings, id=f"{method.name} {settings}")
+    for method in METHODS
+    for settings in SETTINGS.get(method.name, [{}])
+]
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def updates_of(shape: tuple[int, int], dtype: torch.dtype) -> list[Factors]:
+    """Adapters of ranks 3, 2 and 4 whose inputs have directions in common, with mean rows that are not zero."""
+    m, n = shape
+    shared = drawn(2, n, seed=9)
+    return [
+        Factors(
+            left=((drawn(m, rank, seed=t) + 0.3) * (1 + t) * 0.03).to(dtype),
+            right=(drawn(rank, n, seed=t + 20) + 2 * drawn(rank, 2, seed=t + 40) @ shared).to(dtype),
+        )
+        for t, rank in enumerate((3, 2, 4))
+    ]
+
+
+def merged(method: Any, task_vectors: TaskVectors, settings: dict[str, Any]) -> Tensor:
+    parameters, _ = resolve_parameters(method.spec, tensor_name="w", inputs={}, sources=lambda _: [settings])
+    return method.merge_matrix(task_vectors, parameters).task_vector
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("method", "settings"), CASES)
+def test_cores_give_what_matrices_give(
+    method: Any, settings: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    weights = [1.0, 0.5, 2.0]
+    # In float64: float32 matrices with a small fixed ridge are less exact than the cores.
+    whole = [
+        Expert(name=str(t), tensor=update.left @ update.right, weight=weight)
+        for t, (update, weight) in enumerate(zip(updates_of(shape, torch.float64), weights, strict=True))
+    ]
+    expected = merged(method, TaskVectors(torch.zeros(shape, dtype=torch.float64), whole, name="w"), settings)
+    space = core_space(updates_of(shape, dtype))
+    cores = [
+        Expert(name=str(t), tensor=core, weight=weight)
+        for t, (core, weight) in enumerate(zip(space.cores, weights, strict=True))
+    ]
+    small = merged(method, task_vectors_of(space, cores, name="w"), settings)
+    actual = (space.left @ small @ space.right).double()
+    assert expected.norm() > 0.01
+    assert (actual - expected).norm() <= _TOLERANCE[dtype] * expected.norm()
+
+
+def test_the_cores_are_the_updates_in_orthonormal_coordinates() -> None:
+    updates = updates_of((24, 60), torch.float64)
+    space = core_space(updates)
+    assert space.left.shape == (24, 10)  # the ranks, and the column of ones
+    assert space.right.shape == (9, 60)
+    torch.testing.assert_close(space.left.mT @ space.left, torch.eye(10, dtype=torch.float64))
+    torch.testing.assert_close(space.right @ space.right.mT, torch.eye(9, dtype=torch.float64))
+    for update, core in zip(updates, space.cores, strict=True):
+        torch.testing.assert_close(space.left @ core @ space.right, update.left @ update.right)
+    ones = torch.ones(24, dtype=torch.float64)
+    torch.testing.assert_close(space.left @ space.left.mT @ ones, ones)
+
+
+def test_factors_are_balanced_and_of_the_numerical_rank() -> None:
+    updates = updates_of((24, 60), torch.float32)
+    space = core_space([updates[0], updates[0], updates[1]])
+    core = space.cores[0] + space.cores[1] + space.cores[2]
+    factors = space.factors(core)
+    assert factors.rank == 5
+    expected = 2 * updates[0].left @ updates[0].right + updates[1].left @ updates[1].right
+    torch.testing.assert_close(factors.left @ factors.right, expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(factors.left.norm(dim=0), factors.right.norm(dim=1))

@@ -1,0 +1,69 @@
+"""`mergekit-ace check --adapter`: from the adapters alone, with no base on the disk."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.checkpoints import Suite, add_adapter
+from tests.cli.conftest import Invoke
+
+BASE = "somebody/else-has-it"
+
+
+@pytest.fixture
+def adapters(suite: Suite, tmp_path: Path) -> list[Path]:
+    folders = []
+    for t, targets in enumerate((["q_proj", "up_proj"], ["q_proj", "v_proj"])):
+        folders.append(add_adapter(suite.base.path, tmp_path / f"adapter{t}", rank=2 + t, targets=targets, seed=t))
+        file = folders[-1] / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": BASE}))
+    return folders
+
+
+def recipe(folder: Path, adapters: list[Path], **entries: object) -> Path:
+    models = [{"model": f"{BASE}+{adapter}"} for adapter in adapters]
+    file = folder / "recipe.yml"
+    file.write_text(yaml.safe_dump({"merge_method": "ace", "base_model": BASE, "models": models, **entries}))
+    return file
+
+
+def test_what_will_come_out_is_said_without_a_merge(adapters: list[Path], tmp_path: Path, invoke: Invoke) -> None:
+    result = invoke("check", recipe(tmp_path, adapters), "--adapter")
+    assert result.exit_code == 0, result.output
+    assert "0 errors, 0 warnings" in result.output
+    assert "adapter1: rank 3" in result.output
+    # Three layers of q_proj, up_proj and v_proj.
+    assert "9 weights, 3 of them adapted more than once" in result.output
+    assert "one adapter of rank 5," in result.output
+
+
+def test_a_rank_says_what_it_keeps_as_the_merge_does(adapters: list[Path], tmp_path: Path, invoke: Invoke) -> None:
+    file = recipe(tmp_path, adapters)
+    result = invoke("check", file, "--adapter", "--rank", "2")
+    assert result.exit_code == 0, result.output
+    assert invoke("merge", file, tmp_path / "out", "--adapter", "--rank", "2").exit_code == 0
+    report = json.loads((tmp_path / "out" / "merge_report.json").read_text())
+    assert f"it keeps {report['energy_kept']:.1%} of the merged updates' energy" in result.output
+    assert 0.3 < report["energy_kept"] < 1
+
+
+def test_what_is_wrong_is_found(adapters: list[Path], tmp_path: Path, invoke: Invoke) -> None:
+    misspelt = invoke("check", recipe(tmp_path, adapters, parameters={"epsylon": 1}), "--adapter")
+    assert misspelt.exit_code == 1
+    assert "ace has no parameter 'epsylon'" in misspelt.output.replace("\n", " ")
+    file = adapters[1] / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "another/base"}))
+    strict = invoke("check", recipe(tmp_path, adapters), "--adapter", "--strict")
+    assert strict.exit_code == 1
+    assert "adapter1 was trained on another/base, but is put on somebody/else-has-it" in strict.output.replace(
+        "\n", " "
+    )
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dora": True}))
+    refused = invoke("check", recipe(tmp_path, adapters), "--adapter")
+    assert refused.exit_code == 1
+    assert "DoRA" in refused.output
+    alone = invoke("check", recipe(tmp_path, adapters), "--rank", "2")
+    assert alone.exit_code == 2
+    assert "add --adapter" in alone.stderr

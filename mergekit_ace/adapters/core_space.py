@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from mergekit_ace.adapters.model import Factors
-from mergekit_ace.layer.task_vectors import Expert, TaskVectors
+from mergekit_ace.matrix.coordinates import Coordinates
+from mergekit_ace.matrix.expert import Expert
+from mergekit_ace.matrix.task_vectors import TaskVectors
 
 # A core is a product of three rounded matrices: singular values of a few units of rounding are none.
 _ROUNDING_UNITS = 4.0
@@ -89,4 +91,7 @@ def core_space(updates: Sequence[Factors]) -> CoreSpace:
 
 def task_vectors_of(space: CoreSpace, experts: Sequence[Expert], *, name: str) -> TaskVectors:
     """The cores as task vectors of a base of zeros, for every method to run on."""
-    return TaskVectors(torch.zeros_like(space.cores[0]), experts, name=name)
+    coordinates = Coordinates(
+        shape=(space.left.shape[0], space.right.shape[1]), ones_left=space.ones_left, ones_right=space.ones_right
+    )
+    return TaskVectors(torch.zeros_like(space.cores[0]), experts, name=name, coordinates=coordinates)

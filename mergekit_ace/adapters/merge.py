@@ -14,8 +14,8 @@ from mergekit_ace.adapters.model import Factors, Place
 from mergekit_ace.adapters.request import Request
 from mergekit_ace.adapters.tensors import AdapterError
 from mergekit_ace.adapters.truncation import Rank, Truncation, input_weight, outputs_kept
-from mergekit_ace.layer.task_vectors import Expert
 from mergekit_ace.linalg.precision import squared_norm
+from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.methods.advice import OnceEach, causes
 from mergekit_ace.printable import printable
 

@@ -27,6 +27,8 @@ class _DenseEquations:
     """`sum_t a_t Sbar_t`, `[n, n]`; None once it is factorized."""
     numerator: Tensor
     prior_row: Tensor | None
+    ones: Tensor | None
+    """Coordinates of the column of ones, of cores."""
     residual: Tensor | None
     keep_numerator: bool
     moments: tuple[RegularizedMoment, ...]
@@ -40,7 +42,7 @@ class _DenseEquations:
         condition = condition_number(factor) if diagnostics_wanted() else None
         weight = solve_right(self.numerator, factor)
         if self.prior_row is not None:
-            add_prior_(weight, solve_right(self.prior_row[None], factor)[0])
+            add_prior_(weight, solve_right(self.prior_row[None], factor)[0], self.ones)
         return Solution(
             weight=weight,
             residual=self.residual,
@@ -60,7 +62,7 @@ def assemble_dense(task_vectors: TaskVectors, options: CovarianceOptions, decisi
         options: which second moment, which ridge, prior or not.
         decision: whether second moments are divided by their traces, and the residual is wanted.
     """
-    m, n = task_vectors.shape
+    m, n = task_vectors.buffer_shape
     wide, centered = m < n, options.second_moment.centered
     system, numerator = task_vectors.zeros(n, n), task_vectors.zeros(m, n)
     ridge_part = task_vectors.zeros(m, n) if decision.refined_residual else numerator
@@ -73,9 +75,9 @@ def assemble_dense(task_vectors: TaskVectors, options: CovarianceOptions, decisi
         rows = task_vectors.task_vector(t)
         if total is not None:
             total.add_(rows, alpha=share)
-        mean_row = rows.mean(dim=0) if centered else None
+        mean_row = task_vectors.mean_row(rows) if centered else None
         if mean_row is not None:
-            rows.sub_(mean_row)
+            task_vectors.add_to_every_row_(rows, mean_row, factor=-1)
         smaller = gram(rows.mT if wide else rows)
         moment = regularize(task_vectors, t, options, decision, gram_side=smaller)
         moments.append(moment)
@@ -96,17 +98,19 @@ def assemble_dense(task_vectors: TaskVectors, options: CovarianceOptions, decisi
     correlation = None
     if options.correlation_threshold > 0:
         correlation = moment_correlation(
-            moments, task_vectors.shares, summed_squared_norm=squared_norm(system), dimensions=n
+            moments, task_vectors.shares, summed_squared_norm=squared_norm(system), dimensions=task_vectors.shape[1]
         )
     prior_row = None
     if options.structural_prior:
-        prior_row = system.mean(dim=0).mul_(prior_scale(task_vectors, normalize=decision.trace_normalized))
+        prior_row = _mean_row_of(system, task_vectors)
+        prior_row.mul_(prior_scale(task_vectors, normalize=decision.trace_normalized))
     ridge = sum(share * moment.ridge for share, moment in zip(task_vectors.shares, moments, strict=True))
     add_to_diagonal_(system, ridge)
 
     residual = None
     if total is not None:
-        residual = numerator.add(residual_row).addmm_(total, system, alpha=-1 / len(task_vectors))
+        residual = task_vectors.add_to_every_row_(numerator.clone(), residual_row)
+        residual.addmm_(total, system, alpha=-1 / len(task_vectors))
         del total
         numerator.add_(ridge_part)
     return _DenseEquations(
@@ -114,8 +118,16 @@ def assemble_dense(task_vectors: TaskVectors, options: CovarianceOptions, decisi
         system=system,
         numerator=numerator,
         prior_row=prior_row,
+        ones=None if task_vectors.coordinates is None else task_vectors.coordinates.ones_right,
         residual=residual,
         keep_numerator=options.bounds.retention,
         moments=tuple(moments),
         correlation=correlation,
     )
+
+
+def _mean_row_of(system: Tensor, task_vectors: TaskVectors) -> Tensor:
+    """The mean of the `n` rows of a symmetric matrix, `[n]`."""
+    if task_vectors.coordinates is None:
+        return system.mean(dim=0)
+    return (task_vectors.coordinates.ones_right @ system).div_(task_vectors.shape[1])

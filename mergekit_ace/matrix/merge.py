@@ -95,7 +95,7 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         FactorizationError: no reasonable jitter makes the system positive definite.
     """
     if len(task_vectors) == 0:
-        return MatrixMerge(task_vector=task_vectors.zeros(*task_vectors.shape))
+        return MatrixMerge(task_vector=task_vectors.zeros(*task_vectors.buffer_shape))
     became = tuple(range(len(task_vectors)))
     if options.combine_copies:
         task_vectors, became = task_vectors.without_copies()

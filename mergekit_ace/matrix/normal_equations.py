@@ -77,7 +77,7 @@ def retention(
     return inner_product(weight, numerator) / own if own > 0 else 0.0
 
 
-def add_prior_(unprimed: Tensor, prior_through: Tensor) -> Tensor:
+def add_prior_(unprimed: Tensor, prior_through: Tensor, ones: Tensor | None = None) -> Tensor:
     """`B (A + 1 c)^-1` from `Z = B A^-1` and `u = c A^-1`: `Z - (Z 1) u / (1 + u 1)`, Sherman-Morrison, in place.
 
     `u 1` cannot be negative: `A` is the matrix that `c` is the mean row of plus a ridge, so the denominator is >= 1.
@@ -85,8 +85,12 @@ def add_prior_(unprimed: Tensor, prior_through: Tensor) -> Tensor:
     Args:
         unprimed: `Z`, `[m, n]`.
         prior_through: `u`, `[n]`.
+        ones: coordinates of `1`, where the others are coordinates too.
     """
-    along = unprimed.sum(dim=1) / (1 + prior_through.sum())
+    if ones is None:
+        along = unprimed.sum(dim=1) / (1 + prior_through.sum())
+    else:
+        along = unprimed @ ones / (1 + prior_through @ ones)
     return unprimed.addr_(along, prior_through, alpha=-1)
 
 

@@ -53,6 +53,8 @@ def row_factors(task_vectors: TaskVectors, *, center: bool) -> RowFactors | None
         task_vectors: of a matrix.
         center: factor the centered task vectors.
     """
+    if task_vectors.coordinates is not None:  # cores have no rows to spare
+        return None
     m, n = task_vectors.shape
     most = min(_LARGEST_RANK, n // (2 * len(task_vectors)))
     worthwhile = min(m, n) >= _SMALLEST_SIDE

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mergekit_ace.linalg.blocks import blocks
 from mergekit_ace.linalg.precision import require_full_float32, squared_norm, working_dtype
+from mergekit_ace.matrix.coordinates import Coordinates
 from mergekit_ace.matrix.expert import Expert, difference, require_finite_update, voting_experts
 from mergekit_ace.matrix.storage import expected_rounding_energy, storage_floors
 
@@ -42,20 +43,30 @@ class TaskVectors:
         base: `[m, n]`.
         experts: of the base's shape, dtype and device. Those of weight 0, and those without information, are left out.
         name: the tensor's name, for messages.
+        coordinates: of the matrices that base and experts are the cores of; None: they are these themselves. `m` and
+            `n` stay those of the matrices, here and in whatever takes task vectors; tensors are `buffer_shape`.
 
     Raises:
         ValueError: when a tensor holds NaN or infinity, a weight is negative or not finite, or no weight is positive.
         RuntimeError: the process runs float32 products in reduced precision, and every method takes products of these.
     """
 
-    def __init__(self, base: Tensor, experts: Sequence[Expert], *, name: str = "the matrix") -> None:
+    def __init__(
+        self,
+        base: Tensor,
+        experts: Sequence[Expert],
+        *,
+        name: str = "the matrix",
+        coordinates: Coordinates | None = None,
+    ) -> None:
         require_full_float32(base.device)
         self.name = name
         self.base = base
+        self.coordinates = coordinates
         self.dtype = working_dtype(base.dtype)
         candidates = voting_experts(experts, name=name)
         heaviest = max(expert.weight for expert in candidates)
-        statistics, summed_energy = _measure(base, candidates, heaviest, self.dtype, name)
+        statistics, summed_energy = _measure(base, candidates, heaviest, self.dtype, name, coordinates)
         reasons = _without_information(base, candidates, statistics, self.dtype)
         self.left_out: Mapping[str, str] = {expert.name: "weight 0" for expert in experts if expert.weight == 0} | {
             expert.name: reason for expert, reason in zip(candidates, reasons, strict=True) if reason is not None
@@ -80,8 +91,14 @@ class TaskVectors:
     @property
     def shape(self) -> tuple[int, int]:
         """`(m, n)`."""
-        m, n = self.base.shape
+        m, n = self.base.shape if self.coordinates is None else self.coordinates.shape
         return m, n
+
+    @property
+    def buffer_shape(self) -> tuple[int, int]:
+        """Shape of every task vector: `(m, n)`, or that of the cores."""
+        rows, columns = self.base.shape
+        return rows, columns
 
     @property
     def energies(self) -> tuple[float, ...]:
@@ -140,10 +157,22 @@ class TaskVectors:
 
     def sum(self) -> Tensor:
         """`sum_t a_t D_t`, `[m, n]`, working dtype, with the shares `a_t`."""
-        total = self.zeros(*self.shape)
+        total = self.zeros(*self.buffer_shape)
         for t, share in enumerate(self.shares):
             total.add_(self.task_vector(t), alpha=share)
         return total
+
+    def mean_row(self, rows: Tensor) -> Tensor:
+        """The mean of the `m` rows of a task vector, `[n]`."""
+        if self.coordinates is None:
+            return rows.mean(dim=0)
+        return (self.coordinates.ones_left @ rows).div_(self.shape[0])
+
+    def add_to_every_row_(self, rows: Tensor, row: Tensor, *, factor: float = 1.0) -> Tensor:
+        """`rows + factor 1_m row`, in place."""
+        if self.coordinates is None:
+            return rows.add_(row, alpha=factor)
+        return rows.addr_(self.coordinates.ones_left, row, alpha=factor)
 
     def mean(self) -> Tensor:
         """`sum_t a_t D_t / T`, `[m, n]`, working dtype."""
@@ -174,24 +203,33 @@ _EQUAL_ROWS = 1e-12
 
 
 def _measure(
-    base: Tensor, experts: Sequence[Expert], heaviest: float, dtype: torch.dtype, name: str
+    base: Tensor,
+    experts: Sequence[Expert],
+    heaviest: float,
+    dtype: torch.dtype,
+    name: str,
+    coordinates: Coordinates | None,
 ) -> tuple[list[UpdateStatistics], float]:
     """The statistics of each expert's update, and `||sum_t w_t D_t / heaviest||_F^2`, in one pass and no buffer.
 
     Not divided by the sum of the weights: experts without information would change its rounding.
     """
-    m, n = base.shape
+    m = base.shape[0] if coordinates is None else coordinates.shape[0]
+    ones = None if coordinates is None else coordinates.ones_left.double()
     squares = base.new_zeros(len(experts), dtype=torch.float64)
-    row_sums = base.new_zeros((len(experts), n), dtype=torch.float64)
+    row_sums = base.new_zeros((len(experts), base.shape[1]), dtype=torch.float64)
     summed_square = base.new_zeros((), dtype=torch.float64)
+    start = 0
     for ours, *theirs in zip(blocks(base), *(blocks(expert.tensor) for expert in experts), strict=True):
+        rows = slice(start, start + len(ours))
+        start += len(ours)
         together = torch.zeros_like(ours, dtype=dtype)
         for t, (expert, tensor) in enumerate(zip(experts, theirs, strict=True)):
             update = difference(tensor, ours, dtype)
             together.add_(update, alpha=expert.weight / heaviest)
             precise = update.double()
             squares[t] += torch.dot(precise.flatten(), precise.flatten())
-            row_sums[t] += precise.sum(dim=0)
+            row_sums[t] += precise.sum(dim=0) if ones is None else ones[rows] @ precise
         precise = together.double()
         summed_square += torch.dot(precise.flatten(), precise.flatten())
     statistics = []

@@ -10,8 +10,8 @@ from mergekit_ace.adapters.core_space import core_space, task_vectors_of
 from mergekit_ace.adapters.model import Factors
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.task_vectors import TaskVectors
-from mergekit_ace.methods import METHODS
 from mergekit_ace.mergekit_internals import resolve_parameters
+from mergekit_ace.methods import METHODS
 
 # Relative to the length of the result, in float64 and in float32.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-4}

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from mergekit_ace.matrix.merge import MatrixMerge
 from mergekit_ace.matrix.peers.isotropic import merge_isotropic
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
+from mergekit_ace.methods.parameters import parameter
+
+MEAN_OVER = parameter(
+    "mean_over",
+    Literal["existing", "all"],
+    default="existing",
+    requirement="'existing' or 'all'",
+    description="singular values that the level is the mean of: those of directions that exist, or all, zeros too, as "
+    "published; they differ for adapters",
+)
 
 
 class IsoC(LayerwiseMethod):
@@ -25,7 +35,8 @@ class IsoC(LayerwiseMethod):
     name = "iso_c"
     pretty_name = "Iso-C"
     reference_url = "https://arxiv.org/abs/2502.04959"
+    own_parameters = (MEAN_OVER,)
 
     def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
         """One matrix by Iso-C."""
-        return MatrixMerge(task_vector=merge_isotropic(task_vectors))
+        return MatrixMerge(task_vector=merge_isotropic(task_vectors, mean_over=parameters["mean_over"]))

@@ -8,6 +8,7 @@ from typing import Any
 from mergekit_ace.matrix.merge import MatrixMerge
 from mergekit_ace.matrix.peers.isotropic import merge_isotropic_subspaces
 from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.methods.iso_c import MEAN_OVER
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.methods.parameters import Fraction, parameter
 
@@ -35,9 +36,12 @@ class IsoCts(LayerwiseMethod):
             requirement="a number from 0 to 1",
             description="share of singular directions taken from the sum; the experts' own share the rest",
         ),
+        MEAN_OVER,
     )
 
     def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
         """One matrix by Iso-CTS."""
-        merged = merge_isotropic_subspaces(task_vectors, common_fraction=parameters["common_fraction"])
+        merged = merge_isotropic_subspaces(
+            task_vectors, common_fraction=parameters["common_fraction"], mean_over=parameters["mean_over"]
+        )
         return MatrixMerge(task_vector=merged)

@@ -26,7 +26,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"preset": "published", "epsilon": "auto", "structural_prior": False},
         {"structural_prior": True, "correlation_threshold": 0, "epsilon": 0.1},
     ],
-    "iso_cts": [{}, {"common_fraction": 0.1}],
+    "iso_c": [{}, {"mean_over": "all"}],
+    "iso_cts": [{}, {"common_fraction": 0.1}, {"mean_over": "all"}],
     "cart": [{}, {"rank_fraction": 0.2, "lambda": 2.0}],
 }
 CASES = [

@@ -70,6 +70,14 @@ FORMULAS = {
     ),
     "tsv_m": Formula("tsv_m", {}, lambda D, weights, dtype: tsv_m(D, weights, dtype=dtype)),
     "iso_c": Formula("iso_c", {}, lambda D, weights, dtype: iso_c(D, weights, dtype=dtype)),
+    "iso_c, all": Formula(
+        "iso_c", {"mean_over": "all"}, lambda D, weights, dtype: iso_c(D, weights, dtype=dtype, mean_over="all")
+    ),
+    "iso_cts, all": Formula(
+        "iso_cts",
+        {"mean_over": "all"},
+        lambda D, weights, dtype: iso_cts(D, 0.8, weights, dtype=dtype, mean_over="all"),
+    ),
     "iso_cts": Formula("iso_cts", {}, lambda D, weights, dtype: iso_cts(D, 0.8, weights, dtype=dtype)),
     "iso_cts, half": Formula(
         "iso_cts", {"common_fraction": 0.5}, lambda D, weights, dtype: iso_cts(D, 0.5, weights, dtype=dtype)
@@ -220,6 +228,24 @@ def test_isotropic_results_are_isotropic(common_fraction: float) -> None:
     if common_fraction == 1:
         iso_c = merge_tensors([base, *experts], "iso_c", base_index=0) - base
         torch.testing.assert_close(update, iso_c)
+
+
+@pytest.mark.parametrize("name", ["iso_c", "iso_cts"])
+def test_directions_that_no_adapter_has_do_not_shorten_an_isotropic_merge(name: str) -> None:
+    base, experts = drawn(3, 60, 48, rank=4)
+    lengths = {}
+    for mean_over in ("existing", "all"):
+        update = merge_tensors([base, *experts], name, base_index=0, parameters={"mean_over": mean_over}) - base
+        values = torch.linalg.svdvals(update)
+        kept = int((values > 1e-6 * values[0]).sum())
+        lengths[mean_over] = float(update.norm())
+        if name == "iso_c":
+            assert kept == 12
+    total = torch.linalg.svdvals(sum((expert - base for expert in experts), torch.zeros(())))
+    # The level is the mean of twelve values, or of all 48.
+    assert lengths["existing"] > 3.5 * lengths["all"]
+    if name == "iso_c":
+        assert lengths["existing"] == pytest.approx(float(total.sum()) / 12 * 12**0.5, rel=1e-6)
 
 
 def test_cart_lambda_scales_the_deviations_and_not_the_average() -> None:

@@ -11,8 +11,9 @@ from mergekit.options import MergeOptions, add_merge_options
 
 from mergekit_ace.cli.help import Command
 from mergekit_ace.recipe.failures import RecipeError
-from mergekit_ace.recipe.plan import Plan, planned, read_recipe
+from mergekit_ace.recipe.plan import Plan, planned
 from mergekit_ace.recipe.preflight import require_sound_inputs
+from mergekit_ace.recipe.reading import read_recipe
 from mergekit_ace.report.advice import advise
 from mergekit_ace.report.as_csv import write_csv
 from mergekit_ace.report.as_json import write_json

@@ -20,8 +20,8 @@ from mergekit_ace.engine.merging import Request, Site
 from mergekit_ace.engine.merging import merge as run_merge
 from mergekit_ace.engine.part import Part
 from mergekit_ace.engine.workers.inline import Inline
-from mergekit_ace.recipe.plan import read_recipe
 from mergekit_ace.recipe.preflight import require_sound_inputs
+from mergekit_ace.recipe.reading import read_recipe
 
 
 def _parse_part(ctx: click.Context, param: click.Parameter, value: str | None) -> Part | None:

@@ -12,7 +12,7 @@ from mergekit.options import MergeOptions
 from mergekit_ace.mergekit_internals import in_recipe_order
 from mergekit_ace.recipe.adapter_fit import check_fit
 from mergekit_ace.recipe.findings import Finding
-from mergekit_ace.recipe.plan import Recipe
+from mergekit_ace.recipe.reading import Recipe
 from mergekit_ace.recipe.sources import read_json
 
 # Adapters trained on a quantized base name it; they are put on the base that it was quantized from.

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mergekit.options import MergeOptions
 
+from mergekit_ace.mergekit_internals import in_recipe_order
 from mergekit_ace.recipe.adapters import check_adapters
 from mergekit_ace.recipe.configurations import check_configurations
 from mergekit_ace.recipe.cost import Cost, check_cost, estimate
+from mergekit_ace.recipe.devices import check_device
 from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.files import check_files
 from mergekit_ace.recipe.findings import Finding, by_severity
 from mergekit_ace.recipe.kinship import check_kinship
 from mergekit_ace.recipe.paths import check_paths
-from mergekit_ace.recipe.plan import Plan, Recipe, planned, read_recipe
+from mergekit_ace.recipe.plan import Plan, planned
 from mergekit_ace.recipe.quantized import check_quantization
-from mergekit_ace.recipe.spelling import check_filters, check_keys, check_method, check_parameters
+from mergekit_ace.recipe.reading import Recipe, parse_document, read_text, understood
+from mergekit_ace.recipe.sources import is_local
+from mergekit_ace.recipe.spelling import check_filters, check_keys, check_parameter_values, check_parameters
 from mergekit_ace.recipe.tensors import check_precision, check_tensors, check_treatments
 from mergekit_ace.recipe.unused import check_unused
+from mergekit_ace.recipe.values import check_method, check_values
 from mergekit_ace.recipe.vocabularies import check_tokenizers
+from mergekit_ace.recipe.weights import check_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,21 +54,33 @@ class Examination:
 def check_recipe(file: Path, options: MergeOptions | None = None) -> Examination:
     """Find what mergekit would pass over in silence, or stop at late; writes nothing and merges no adapter.
 
-    Reads headers, configurations and tokenizers, and a few matrices of every expert.
+    What the recipe itself says comes first: while it has errors, nothing is asked of the Hugging Face Hub. Then come
+    headers, configurations and tokenizers, and a few matrices of every expert.
 
     Args:
         file: the recipe.
         options: of `mergekit-yaml`; its defaults when None.
     """
-    options = options or MergeOptions()
+    # Nothing is computed on a device here, and the machine of the merge may be another one.
+    options = (options or MergeOptions()).model_copy(update={"read_to_gpu": False})
     try:
-        recipe = read_recipe(file)
+        text = read_text(file)
+        document = parse_document(text, file)
     except RecipeError as error:
         return Examination(findings=(_unplannable(error),), cost=None)
-    findings = [*check_keys(recipe.document), *check_parameters(recipe.config), *check_tokenizers(recipe)]
-    obstacles = list(_obstacles(recipe, options))
+    stopping = list(_stopping(document))
+    findings = [*stopping, *check_keys(document), *check_parameters(document)]
+    try:
+        recipe = understood(text, document, file)
+    except RecipeError as error:
+        if not _errors(stopping):
+            findings.append(_unplannable(error))
+        return Examination(findings=by_severity(findings), cost=None)
+    if _errors(findings) and not _is_local(recipe):
+        return Examination(findings=by_severity(findings), cost=None)
+    obstacles = list(_of_files(recipe, options))
     findings += obstacles
-    if any(finding.level == "error" for finding in obstacles):
+    if _errors([*stopping, *obstacles]):
         return Examination(findings=by_severity(findings), cost=None)
     try:
         with planned(recipe, options, adapters_unmerged=True) as plan:
@@ -72,23 +91,40 @@ def check_recipe(file: Path, options: MergeOptions | None = None) -> Examination
     return Examination(findings=by_severity([*findings, *check_cost(cost)]), cost=cost)
 
 
-def _obstacles(recipe: Recipe, options: MergeOptions) -> Iterator[Finding]:
-    """What keeps mergekit from planning the merge, said better than it says it."""
-    yield from check_method(recipe.config.merge_method)
-    yield from check_paths(recipe.document)
+def _stopping(document: Mapping[str, Any]) -> Iterator[Finding]:
+    """What in the recipe itself would stop the merge."""
+    yield from check_method(document)
+    yield from check_values(document)
+    yield from check_parameter_values(document)
+    yield from check_paths(document)
+
+
+def _of_files(recipe: Recipe, options: MergeOptions) -> Iterator[Finding]:
+    """What the models' files say without their weights, better than mergekit says it."""
     yield from check_files(recipe)
     yield from check_quantization(recipe)
     yield from check_adapters(recipe, options)
     yield from check_configurations(recipe, options)
+    yield from check_tokenizers(recipe)
+    yield from check_device(options)
 
 
 def _of_plan(plan: Plan) -> Iterator[Finding]:
     yield from check_filters(plan)
+    yield from check_weights(plan)
     yield from check_tensors(plan)
     yield from check_unused(plan)
     yield from check_precision(plan)
     yield from check_treatments(plan)
     yield from check_kinship(plan)
+
+
+def _errors(findings: list[Finding]) -> bool:
+    return any(finding.level == "error" for finding in findings)
+
+
+def _is_local(recipe: Recipe) -> bool:
+    return all(is_local(model.model) for model in in_recipe_order(recipe.config))
 
 
 def _unplannable(error: RecipeError) -> Finding:

@@ -10,7 +10,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_ace.mergekit_internals import in_recipe_order
 from mergekit_ace.recipe.findings import Finding
-from mergekit_ace.recipe.plan import Recipe
+from mergekit_ace.recipe.reading import Recipe
 from mergekit_ace.recipe.sources import read_json
 
 # Configuration entries that make two models different functions of the same weights, or of none.

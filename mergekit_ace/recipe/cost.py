@@ -14,6 +14,7 @@ from rich.filesize import decimal
 from mergekit_ace.linalg.precision import working_dtype
 from mergekit_ace.matrix.workload import averaging_bytes, multiply_adds, working_numbers
 from mergekit_ace.methods.layerwise import LayerwiseMethod
+from mergekit_ace.recipe.devices import missing_device
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
 
@@ -34,7 +35,7 @@ class Cost:
     workspace: int
     """Peak of one tensor, inputs included: what a device needs with `--cuda`."""
     seconds: float | None
-    """Of the arithmetic, reading and writing left out; None for a method that is not ours."""
+    """Of the arithmetic, reading and writing left out; None for a method that is not ours, or another machine's."""
     available: int | None
     """Free memory of this machine."""
     device: int | None
@@ -65,10 +66,10 @@ def estimate(plan: Plan) -> Cost:
             cubes += count * min(m, n) ** 3
         workspace = max(workspace, inputs + buffers)
     seconds = None
-    if isinstance(plan.method, LayerwiseMethod):
+    if isinstance(plan.method, LayerwiseMethod) and missing_device(plan.options) is None:
         per_product, per_cube = _speed(plan.device)
         seconds = products * per_product + cubes * per_cube
-    shard = min(written, plan.options.out_shard_size * (out or dtype or torch.float32).itemsize)
+    shard = min(written, plan.options.out_shard_size)  # bytes, whatever mergekit's help says
     return Cost(
         read=read,
         written=written,
@@ -76,7 +77,7 @@ def estimate(plan: Plan) -> Cost:
         workspace=workspace,
         seconds=seconds,
         available=_available(),
-        device=torch.cuda.mem_get_info(plan.device)[0] if plan.device.type == "cuda" else None,
+        device=_free_on(plan.device),
     )
 
 
@@ -127,6 +128,12 @@ def _seconds(work: Callable[[], object]) -> float:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)
     return best
+
+
+def _free_on(device: torch.device) -> int | None:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.mem_get_info(device)[0])
 
 
 def _available() -> int | None:

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 from mergekit.common import ModelReference, dtype_from_name
-from mergekit.config import MergeConfiguration
 from mergekit.io import LazyTensorLoader
 from mergekit.merge_methods import MergeMethod
 from mergekit.merge_methods.base import ParameterScope, PerInputValues, TensorEntry, TensorGroup, TensorMetadata
@@ -24,7 +22,6 @@ from mergekit.merge_methods.registry import get as method_named
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from mergekit_ace import register
 from mergekit_ace.mergekit_internals import (
     BuildTokenizer,
     ConfiguredModuleArchitecture,
@@ -32,7 +29,6 @@ from mergekit_ace.mergekit_internals import (
     LoaderCache,
     LoadTensor,
     MergePlanner,
-    OrderedRecipe,
     SaveTensor,
     Task,
     TokenizerInfo,
@@ -49,58 +45,8 @@ from mergekit_ace.recipe.adapter_cache import merged_adapter
 from mergekit_ace.recipe.failures import RecipeError, message_of
 from mergekit_ace.recipe.headers import TensorHeader, find_header, read_headers
 from mergekit_ace.recipe.output_shape import output_header
-from mergekit_ace.recipe.paths import check_paths
+from mergekit_ace.recipe.reading import Recipe
 from mergekit_ace.recipe.tokenizer import numbered_tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """A recipe as it stands in its file."""
-
-    name: str
-    """How messages call it."""
-    text: str
-    """As it was written."""
-    document: Mapping[str, Any]
-    """The YAML, as parsed."""
-    config: MergeConfiguration
-    """What mergekit understands of it."""
-
-
-def read_recipe(path: Path) -> Recipe:
-    """Read a recipe file.
-
-    Raises:
-        RecipeError: it cannot be read, is not YAML, or mergekit does not accept it.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} must be a YAML file; {message_of(error)}") from error
-    return parse_recipe(text, path)
-
-
-def parse_recipe(text: str, path: Path) -> Recipe:
-    """Read the text of a recipe file.
-
-    Raises:
-        RecipeError: as `read_recipe`.
-    """
-    register()  # a no-op where the startup hook has run
-    try:
-        document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} must be a YAML file; {message_of(error)}") from error
-    if not isinstance(document, Mapping):
-        raise RecipeError(f"{path} must hold a mapping with merge_method and models; got {type(document).__name__}")
-    misread = [f"{finding.what}. {finding.remedy}" for finding in check_paths(document) if finding.level == "error"]
-    if misread:
-        raise RecipeError("\n".join(misread))
-    try:
-        config = OrderedRecipe.model_validate(document)
-    except (ValueError, RuntimeError) as error:
-        raise RecipeError(f"{path}: mergekit does not accept this recipe; {message_of(error)}") from error
-    return Recipe(name=str(path), text=text, document=document, config=config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +78,10 @@ class PlannedTensor:
         self.base: ModelReference | None = task.base_model
         self.experts: tuple[ModelReference, ...] = tuple(model for model in task.model_order if model != self.base)
         self.shared_parameters: Mapping[str, Any] = dict(task.parameters.items())
+
+    def input_parameters(self, model: ModelReference) -> Mapping[str, Any]:
+        """The resolved parameters that one input has for itself, such as its weight."""
+        return dict(self._task.input_parameters[model].items())
 
     @cached_property
     def _sources(self) -> Mapping[ModelReference, LoadTensor]:

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from mergekit.options import MergeOptions
 
 from mergekit_ace.recipe.adapter_fit import check_fit
+from mergekit_ace.recipe.devices import require_device
 from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.files import check_files
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.paths import check_paths
-from mergekit_ace.recipe.plan import Recipe
 from mergekit_ace.recipe.quantized import check_quantization
+from mergekit_ace.recipe.reading import Recipe
 
 
 def require_sound_inputs(recipe: Recipe, options: MergeOptions) -> Sequence[Finding]:
@@ -28,6 +29,7 @@ def require_sound_inputs(recipe: Recipe, options: MergeOptions) -> Sequence[Find
     Raises:
         RecipeError: with everything that stops it, one line each.
     """
+    require_device(options)
     findings = list(_of_files(recipe))
     if not any(finding.level == "error" for finding in findings):
         findings += [finding for model in recipe.config.referenced_models() for finding in check_fit(model, options)]

@@ -18,7 +18,7 @@ from mergekit_ace.quantization import (
 from mergekit_ace.recipe.failures import READING
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.headers import TensorHeader
-from mergekit_ace.recipe.plan import Recipe
+from mergekit_ace.recipe.reading import Recipe
 from mergekit_ace.recipe.sources import model_headers, read_json
 
 

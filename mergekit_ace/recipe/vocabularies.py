@@ -8,7 +8,7 @@ from mergekit.common import ModelPath
 
 from mergekit_ace.mergekit_internals import in_recipe_order
 from mergekit_ace.recipe.findings import Finding
-from mergekit_ace.recipe.plan import Recipe
+from mergekit_ace.recipe.reading import Recipe
 from mergekit_ace.recipe.sources import read_json
 
 

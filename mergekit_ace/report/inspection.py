@@ -23,7 +23,8 @@ from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.methods.matrices import matrices, weighted_experts
 from mergekit_ace.policy import Treatment
 from mergekit_ace.recipe.failures import READING, message_of
-from mergekit_ace.recipe.plan import Inputs, Plan, PlannedTensor, planned, read_recipe
+from mergekit_ace.recipe.plan import Inputs, Plan, PlannedTensor, planned
+from mergekit_ace.recipe.reading import read_recipe
 from mergekit_ace.report.interference import interference
 from mergekit_ace.report.measure import Measured, expert_reports, left_out, measure_merge, measure_norms
 from mergekit_ace.report.model import Branch, LayerReport, Mode, Report

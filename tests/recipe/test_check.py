@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
+from mergekit_ace.cli import main
 from mergekit_ace.recipe.check import Examination, check_recipe
 from mergekit_ace.recipe.files import check_files
 from mergekit_ace.recipe.findings import Level
-from mergekit_ace.recipe.plan import read_recipe
+from mergekit_ace.recipe.reading import read_recipe
 from tests.checkpoints import Suite, Update, add_adapter, edit_tensors, make_suite, save_tokenizer
 from tests.report.recipes import document, write
 
@@ -251,3 +253,49 @@ def test_mergekits_own_methods_are_checked_too(llama: Suite, tmp_path: Path) -> 
     assert examination.findings == ()
     assert examination.cost is not None
     assert examination.cost.seconds is None
+
+
+def test_a_device_that_is_not_here_is_answered_for(llama: Suite, tmp_path: Path) -> None:
+    """A recipe may be checked on another machine than that of the merge."""
+    examination = examine(document(llama), tmp_path, device="cuda", read_to_gpu=True)
+    assert found(examination, "error") == []
+    assert ["this machine has no device cuda" in text for text in found(examination, "hint")] == [True]
+    assert examination.cost is not None
+    assert examination.cost.seconds is None
+    assert examination.cost.workspace > 0
+    (error,) = found(examine(document(llama), tmp_path, device="gpu9"), "error")
+    assert "--device must be a device of torch's" in error
+
+
+@pytest.mark.parametrize("flags", [["--cuda"], ["--multi-gpu"], ["--device", "cuda"]])
+def test_merge_says_that_the_device_is_missing(flags: list[str], llama: Suite, tmp_path: Path) -> None:
+    file = write(document(llama), tmp_path / "recipe.yml")
+    result = CliRunner().invoke(main, ["merge", str(file), str(tmp_path / "out"), *flags])
+    assert result.exit_code == 1
+    assert f"{' '.join(flags)} needs" in result.output
+    assert "Leave the option out" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("weights", "where"),
+    [
+        (0, "every tensor"),
+        ([{"filter": "mlp", "value": 0}, {"value": 1}], "model.layers.0.mlp.up_proj.weight and 8 more tensors"),
+    ],
+)
+def test_weights_that_are_all_0_leave_nothing(weights: Any, where: str, llama: Suite, tmp_path: Path) -> None:
+    (error,) = found(examine(document(llama, parameters={"weight": weights}), tmp_path), "error")
+    assert f"every expert has weight 0 in {where}" in error
+    recipe = document(llama, merge_method="task_arithmetic", parameters={"weight": 0})
+    assert ["every expert has weight 0" in text for text in found(examine(recipe, tmp_path), "warning")] == [True]
+    models = [{"model": str(e.path), "parameters": {"weight": t}} for t, e in enumerate(llama.experts)]
+    assert examine(document(llama, models=models), tmp_path).findings == ()
+
+
+def test_a_shard_is_so_many_bytes(llama: Suite, tmp_path: Path) -> None:
+    small = examine(document(llama, dtype="float64"), tmp_path, out_shard_size=100_000).cost
+    smaller = examine(document(llama, dtype="float64"), tmp_path, out_shard_size=50_000).cost
+    assert small is not None
+    assert smaller is not None
+    assert small.memory - smaller.memory == 50_000

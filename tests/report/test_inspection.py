@@ -8,7 +8,8 @@ import torch
 from mergekit.options import MergeOptions
 
 from mergekit_ace.recipe.failures import RecipeError
-from mergekit_ace.recipe.plan import planned, read_recipe
+from mergekit_ace.recipe.plan import planned
+from mergekit_ace.recipe.reading import read_recipe
 from mergekit_ace.report.advice import advise
 from mergekit_ace.report.inspection import inspect_recipe, inspect_tensors
 from mergekit_ace.report.summary import summarize

@@ -155,8 +155,8 @@ def test_the_disk_is_looked_at_before_the_merge(
     [
         ("merge_method: [", "while parsing a flow"),
         ("- a\n- b\n", "must hold a mapping with merge_method and models; got list"),
-        ("merge_method: ace\nmodels:\n  - {base}\n", "models.0"),
-        ("merge_method: nothing\nmodels:\n  - model: {base}\n", "Unimplemented merge method nothing"),
+        ("merge_method: ace\nmodels:\n  - {base}\n", "models[0] must be a mapping"),
+        ("merge_method: nothing\nmodels:\n  - model: {base}\n", "merge_method must be one of"),
         ("merge_method: ace\nmodels:\n  - model: {base}\n", "base"),
     ],
 )

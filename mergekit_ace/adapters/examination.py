@@ -15,8 +15,8 @@ from mergekit_ace.adapters.tensors import AdapterError
 from mergekit_ace.adapters.truncation import Rank
 from mergekit_ace.recipe.failures import READING, RecipeError, message_of
 from mergekit_ace.recipe.findings import Finding, by_severity
-from mergekit_ace.recipe.plan import read_recipe
-from mergekit_ace.recipe.spelling import check_keys, check_method, check_parameters
+from mergekit_ace.recipe.reading import read_recipe
+from mergekit_ace.recipe.spelling import check_keys, check_parameter_values, check_parameters
 
 # Below this share of an expert's own output a layer is named.
 _LITTLE = 0.5
@@ -82,9 +82,9 @@ def examine_adapters(file: Path, options: MergeOptions | None = None, *, rank: R
     except RecipeError as error:
         return _stopped([], str(error))
     findings = [
-        *check_method(recipe.config.merge_method),
+        *check_parameter_values(recipe.document),
         *check_keys(recipe.document),
-        *check_parameters(recipe.config),
+        *check_parameters(recipe.document),
     ]
     try:
         request = request_of(recipe.config, options or MergeOptions(), rank=rank)

@@ -9,12 +9,17 @@ replaced: other threads of the process, and `mergekit-yaml`, see it as it is.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from importlib.metadata import version
 from typing import Any
 
 from mergekit.architecture import ConfiguredModuleArchitecture, WeightInfo, get_architecture_info
-from mergekit.architecture.conversion import can_convert_checkpoint_keys, convert_checkpoint_tensors
+from mergekit.architecture.conversion import (
+    _expanded_target_keys,
+    can_convert_checkpoint_keys,
+    convert_checkpoint_tensors,
+)
 from mergekit.card import CARD_TEMPLATE, method_md
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
@@ -35,6 +40,8 @@ from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
 from mergekit.tokenizer.build import TokenizerInfo, build_tokenizer, build_union_tokenizer, get_stripped_tokenizer
 from mergekit.tokenizer.truncate import TruncatedVocabulary
 from pydantic import BaseModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 __all__ = [
     "CARD_TEMPLATE",
@@ -57,6 +64,7 @@ __all__ = [
     "build_tokenizer",
     "build_union_tokenizer",
     "can_convert_checkpoint_keys",
+    "conversion_sources",
     "convert_checkpoint_tensors",
     "copy_tagalong_files",
     "copy_tokenizer",
@@ -93,6 +101,7 @@ _FUNCTIONS: Mapping[Any, str] = {
     build_schedule: "targets cached_values",
     convert_checkpoint_tensors: "model_type source_tensors target_key",
     can_convert_checkpoint_keys: "model_type source_keys target_key",
+    _expanded_target_keys: "renamed_key target_patterns",
     get_architecture_info: "config options",
     align_dtype: "group dtype",
     MergePlanner.__init__: "self config arch_info options out_model_config",
@@ -140,6 +149,28 @@ def require_known_mergekit() -> None:
             f"mergekit must have the internals of {_KNOWN}; got {version('mergekit')}, where {'; '.join(found)}. "
             f"Install mergekit=={_KNOWN}, or a newer mergekit-ace"
         )
+
+
+def conversion_sources(model_type: str, names: Iterable[str], targets: AbstractSet[str]) -> frozenset[str]:
+    """Which tensors of a checkpoint transformers converts into one of the targets, by names alone.
+
+    One pass over the names; `can_convert_checkpoint_keys` takes one for each target.
+    """
+    transforms: Any = get_checkpoint_conversion_mapping(model_type) if targets else None  # type: ignore[no-untyped-call]
+    sources = set()
+    for name in names if transforms else ():
+        current = name
+        for transform in transforms:
+            renamed, pattern = transform.rename_source_key(current)
+            if pattern is None:
+                continue
+            if isinstance(transform, WeightRenaming):
+                current = renamed
+            elif not targets.isdisjoint(_expanded_target_keys(renamed, transform.target_patterns)):
+                sources.add(name)
+        if current in targets:
+            sources.add(name)
+    return frozenset(sources)
 
 
 def adapter_entry_name(model: ModelReference) -> str:

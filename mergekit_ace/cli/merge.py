@@ -20,6 +20,7 @@ from mergekit_ace.engine.merging import Request, Site
 from mergekit_ace.engine.merging import merge as run_merge
 from mergekit_ace.engine.part import Part
 from mergekit_ace.engine.workers.inline import Inline
+from mergekit_ace.printable import printable
 from mergekit_ace.recipe.preflight import require_sound_inputs
 from mergekit_ace.recipe.reading import read_recipe
 
@@ -59,6 +60,9 @@ def _parse_part(ctx: click.Context, param: click.Parameter, value: str | None) -
     show_default=True,
     help="End at once if the output will not fit on the disk",
 )
+@click.option(
+    "--strict", is_flag=True, help="Do not start for a warning of the inputs, or if one of their tensors is lost"
+)
 @click.option("--adapter", is_flag=True, help="Write one adapter out of a recipe's adapters; the base is not read")
 @click.option(
     "--rank",
@@ -78,6 +82,7 @@ def merge(
     patterns: Sequence[str],
     part: Part | None,
     check_space: bool,
+    strict: bool,
     adapter: bool,
     rank: Rank,
 ) -> None:
@@ -106,7 +111,7 @@ def merge(
         if adapter:
             write_adapter(recipe.config, config_file, out_path, merge_options, rank=rank, overwrite=overwrite)
             return
-        require_sound_inputs(recipe, merge_options)
+        warnings = require_sound_inputs(recipe, merge_options, strict=strict)
         request = Request(
             recipe=recipe,
             options=merge_options,
@@ -117,8 +122,11 @@ def merge(
             overwrite=overwrite,
             resume=resume,
             check_space=check_space,
+            strict=strict,
         )
-        run_merge(request, _employ, _show)
+        outcome = run_merge(request, _employ, _show)
+        for finding in (*warnings, *outcome.lost):
+            click.echo(printable(f"{finding.level}: {finding.what}\n    {finding.remedy}"), err=True)
 
 
 @contextlib.contextmanager

@@ -25,9 +25,11 @@ from mergekit_ace.engine.space import require_space
 from mergekit_ace.engine.workers import Workers
 from mergekit_ace.mergekit_internals import adapter_entry_name
 from mergekit_ace.recipe.adapter_cache import adapter_folder
+from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.fingerprint import file_digest
 from mergekit_ace.recipe.plan import Plan, planned
 from mergekit_ace.recipe.reading import Recipe
+from mergekit_ace.recipe.unused import check_unused, require_all_used
 from mergekit_ace.staging import Stage, staged_in_pieces
 
 
@@ -48,6 +50,8 @@ class Request:
     resume: bool | None = None
     """What to do with the shards of an earlier run: go on (True), start over (False), raise (None)."""
     check_space: bool = True
+    strict: bool = False
+    """Do not start where an input tensor would be lost."""
 
     @property
     def is_part(self) -> bool:
@@ -80,6 +84,8 @@ class Outcome:
     """How many of the files were there from an earlier run."""
     treatments: dict[str, int]
     warnings: tuple[Notice, ...]
+    lost: tuple[Finding, ...]
+    """Input tensors that no output tensor is made of, by model."""
     seconds: float
     is_part: bool
 
@@ -106,6 +112,9 @@ def merge(request: Request, employ: Employ, watch: Watcher = lambda event: None)
         notices = stack.enter_context(noticed())
         _say_adapters(recipe, options, watch)
         plan = stack.enter_context(planned(recipe, options))
+        lost = tuple(check_unused(plan))
+        if request.strict:
+            require_all_used(lost)
         whole = plan_merge(plan, options, shard_size=request.shard_size, patterns=request.patterns)
         work = whole if request.part is None else _part(whole, request.part)
         folder = stage.folder / parts.TENSORS if request.is_part else stage.folder
@@ -129,6 +138,7 @@ def merge(request: Request, employ: Employ, watch: Watcher = lambda event: None)
         taken=len(taken),
         treatments=counts,
         warnings=first_of_each([*early, *(notice for receipt in receipts for notice in receipt.warnings)]),
+        lost=lost,
         seconds=time.perf_counter() - started,
         is_part=request.is_part,
     )

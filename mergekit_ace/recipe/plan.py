@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,7 +34,7 @@ from mergekit_ace.mergekit_internals import (
     TokenizerInfo,
     align_dtype,
     can_convert_checkpoint_keys,
-    convert_checkpoint_tensors,
+    conversion_sources,
     execution_order,
     get_architecture_info,
     in_recipe_order,
@@ -120,10 +120,10 @@ class PlannedTensor:
         source = self._sources[model]
         return find_header(self._plan.headers(model), source.tensor, source.aliases, source.tied_names)
 
-    def stored_names(self, model: ModelReference) -> frozenset[str]:
-        """What the tensor is made of in a model's files: one name, its other names too, or those that are converted."""
+    def names(self, model: ModelReference) -> frozenset[str]:
+        """The names under which mergekit looks for the tensor in a model."""
         source = self._sources[model]
-        return self._plan.stored_names(model, source.tensor, source.aliases, source.tied_names)
+        return frozenset((source.tensor, *(source.aliases or ()), *(source.tied_names or ())))
 
     def is_converted(self, model: ModelReference) -> bool:
         """Whether mergekit makes the tensor from others when it reads the checkpoint, so no header knows it."""
@@ -226,43 +226,33 @@ class Plan:
             self._headers[model] = read_headers(self._loaders.get(model).index)
         return self._headers[model]
 
-    def stored_names(
-        self, model: ModelReference, name: str, aliases: Sequence[str] | None, tied_names: Sequence[str] | None
-    ) -> frozenset[str]:
-        """Names in a model's files of what mergekit makes a tensor of; empty where it has none."""
+    def used(self, model: ModelReference) -> frozenset[str]:
+        """Names in a model's files of what the merge reads, and of what a recipe of slices leaves out on purpose."""
+        wanted: set[str] = set()
+        for tensor in self.tensors:
+            if tensor.reads(model):
+                wanted |= tensor.names(model)
+        wanted |= self._left_out(model)
         headers = self.headers(model)
-        direct = frozenset(known for known in (name, *(aliases or ()), *(tied_names or ())) if known in headers)
-        if direct:
-            return direct
-        read: set[str] = set()
+        # Under another layout than transformers loads, such as one tensor an expert of a mixture.
+        converted = conversion_sources(self.model_type(model), headers, wanted - headers.keys())
+        return frozenset(wanted & headers.keys()) | converted
 
-        def empty(stored: str) -> torch.Tensor:
-            read.add(stored)
-            return torch.empty(headers[stored].shape, dtype=headers[stored].dtype, device="meta")
-
-        for target in (name, *(aliases or ())):
-            sources = {stored: partial(empty, stored) for stored in headers}
-            if convert_checkpoint_tensors(self.model_type(model), sources, target) is not None:
-                break
-        return frozenset(read)
-
-    def left_out(self, model: ModelReference) -> frozenset[str]:
-        """What a recipe of slices does not take of a model on purpose; empty for one that merges whole models."""
+    def _left_out(self, model: ModelReference) -> set[str]:
         config = self.recipe.config
-        parts = {name for name, module in (config.modules or {}).items() if module.slices}
-        modules = (
-            self.architecture.modules if config.slices else {name: self.architecture.modules[name] for name in parts}
-        )
+        sliced = {name for name, module in (config.modules or {}).items() if module.slices}
         names: set[str] = set()
-        for module in modules.values():
+        for name, module in self.architecture.modules.items():
+            if not config.slices and name not in sliced:
+                continue
             configured = ConfiguredModuleArchitecture(
                 info=module.architecture,
                 config=model.config(trust_remote_code=self.options.trust_remote_code),
                 weight_prefix=module.weight_prefix,
             )
             for weight in configured.all_weights():
-                names |= self.stored_names(model, weight.name, weight.aliases, weight.tied_names)
-        return frozenset(names)
+                names |= {weight.name, *(weight.aliases or ()), *(weight.tied_names or ())}
+        return names
 
     def model_type(self, model: ModelReference) -> str:
         """`model_type` of a model's configuration."""

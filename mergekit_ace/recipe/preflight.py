@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from mergekit.options import MergeOptions
 
@@ -14,14 +15,16 @@ from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.paths import check_paths
 from mergekit_ace.recipe.quantized import check_quantization
 from mergekit_ace.recipe.reading import Recipe
+from mergekit_ace.recipe.spelling import check_keys, check_parameters
 
 
-def require_sound_inputs(recipe: Recipe, options: MergeOptions) -> Sequence[Finding]:
+def require_sound_inputs(recipe: Recipe, options: MergeOptions, *, strict: bool = False) -> Sequence[Finding]:
     """Stop where the merge would fail half-way or merge other numbers than the recipe asks for.
 
     Args:
         recipe: what will be merged.
         options: of the command.
+        strict: stop for warnings too.
 
     Returns:
         The warnings.
@@ -30,10 +33,11 @@ def require_sound_inputs(recipe: Recipe, options: MergeOptions) -> Sequence[Find
         RecipeError: with everything that stops it, one line each.
     """
     require_device(options)
-    findings = list(_of_files(recipe))
+    findings = [*_ignored(recipe), *_of_files(recipe)]
     if not any(finding.level == "error" for finding in findings):
         findings += [finding for model in recipe.config.referenced_models() for finding in check_fit(model, options)]
-    errors = [f"{finding.what}. {finding.remedy}" for finding in findings if finding.level == "error"]
+    stopping = ("error", "warning") if strict else ("error",)
+    errors = [f"{finding.what}. {finding.remedy}" for finding in findings if finding.level in stopping]
     if errors:
         raise RecipeError("\n".join(errors))
     return [finding for finding in findings if finding.level == "warning"]
@@ -43,3 +47,9 @@ def _of_files(recipe: Recipe) -> Iterator[Finding]:
     yield from check_paths(recipe.document)
     yield from check_files(recipe)
     yield from check_quantization(recipe)
+
+
+def _ignored(recipe: Recipe) -> Iterator[Finding]:
+    """What mergekit does not read, which it merges without: errors of a check, warnings of a merge."""
+    for finding in (*check_keys(recipe.document), *check_parameters(recipe.document)):
+        yield replace(finding, level="warning")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from mergekit.common import ModelReference
 
+from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.headers import TensorHeader
 from mergekit_ace.recipe.plan import Plan
@@ -47,17 +48,27 @@ def check_unused(plan: Plan) -> Iterator[Finding]:
             )
 
 
+def require_all_used(lost: Sequence[Finding]) -> None:
+    """Refuse a merge that loses weights; constants that are computed anew may go.
+
+    Args:
+        lost: what `check_unused` has found.
+
+    Raises:
+        RecipeError: naming them, by model.
+    """
+    weights = [f"{finding.what}. {finding.remedy}" for finding in lost if finding.level == "warning"]
+    if weights:
+        raise RecipeError("\n".join(weights))
+
+
 def unused_tensors(plan: Plan, model: ModelReference) -> Sequence[str]:
     """Names in a model's files of what the merge does not read, in the order of the files.
 
     Raises:
         OSError, RuntimeError: as `read_headers`.
     """
-    used: set[str] = set()
-    for tensor in plan.tensors:
-        if tensor.reads(model):
-            used |= tensor.stored_names(model)
-    used |= plan.left_out(model)
+    used = plan.used(model)
     return [name for name in plan.headers(model) if name not in used]
 
 

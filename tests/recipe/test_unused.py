@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from mergekit.options import MergeOptions
 
+from mergekit_ace.cli import main
 from mergekit_ace.recipe.check import check_recipe
 from mergekit_ace.recipe.findings import Finding
-from tests.checkpoints import Suite, Update, add_adapter, edit_tensors, make_suite
+from tests.checkpoints import Suite, Update, add_adapter, edit_tensors, make_suite, read_tensors
 from tests.report.recipes import document, write
 
 
@@ -91,3 +93,36 @@ def test_an_adapter_does_not_repeat_its_base(llama: Suite, tmp_path: Path) -> No
     recipe = write(document(llama, base_model=str(base), models=[{"model": f"{base}+{adapter}"}]), tmp_path / "r.yml")
     findings = check_recipe(recipe, MergeOptions(lora_merge_cache=str(tmp_path / "cache"))).findings
     assert sum("will lack" in finding.what for finding in findings) == 1
+
+
+def merge(recipe: dict[str, Any], folder: Path, *flags: str) -> Result:
+    file = write(recipe, folder / "recipe.yml")
+    return CliRunner().invoke(main, ["merge", str(file), str(folder / "out"), "--no-copy-tokenizer", *flags])
+
+
+def test_a_merge_ends_with_what_was_lost_and_strict_does_not_start(llama: Suite, tmp_path: Path) -> None:
+    expert = with_tensors(llama.experts[0].path, tmp_path / "expert", visual__proj__weight=torch.ones(2, 3))
+    recipe = document(llama, models=[{"model": str(expert)}])
+    strict = merge(recipe, tmp_path, "--strict")
+    assert strict.exit_code == 1
+    assert f"{expert} has 1 tensor" in strict.stderr
+    assert not (tmp_path / "out").exists()
+    result = merge(recipe, tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "the merged model will lack it: visual.proj.weight" in result.stderr
+    assert "visual.proj.weight" not in read_tensors(tmp_path / "out")
+
+
+def test_strict_lets_a_merge_run_that_loses_nothing(llama: Suite, tmp_path: Path) -> None:
+    frequencies = {"model__layers__0__self_attn__rotary_emb__inv_freq": torch.ones(4)}
+    expert = with_tensors(llama.experts[0].path, tmp_path / "expert", **frequencies)
+    result = merge(document(llama, models=[{"model": str(expert)}]), tmp_path, "--strict")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_merge_tells_what_mergekit_ignores(llama: Suite, tmp_path: Path) -> None:
+    recipe = document(llama, parameters={"epsilom": 3.0})
+    assert merge(recipe, tmp_path, "--strict").exit_code == 1
+    result = merge(recipe, tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "ace has no parameter 'epsilom'" in result.stderr

@@ -21,6 +21,7 @@ _COMMANDS = {
     "join": _Command("mergekit_ace.cli.join:join", "Join the parts of a merge that was split over machines."),
     "inspect": _Command("mergekit_ace.cli.inspect:inspect", "Report what a merge would do, or did, layer by layer."),
     "check": _Command("mergekit_ace.cli.check:check", "Check a recipe before the merge."),
+    "moments": _Command("mergekit_ace.cli.moments:moments", "Measure second moments on a few prompts."),
     "doctor": _Command("mergekit_ace.cli.doctor:doctor", "Show versions, startup hook, devices and precision."),
     "methods": _Command("mergekit_ace.cli.methods:methods", "List the merge methods and their parameters."),
 }

@@ -11,7 +11,7 @@ from mergekit_ace.matrix.options import Bounds, CovarianceOptions, Gate, LengthB
 from mergekit_ace.matrix.presets import ACE, ACE_PUBLISHED
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
-from mergekit_ace.methods.parameters import Fraction, Positive, Threshold, parameter
+from mergekit_ace.methods.parameters import MOMENTS, Fraction, Positive, Threshold, parameter
 
 Preset = Literal["preset"]
 
@@ -33,6 +33,7 @@ class Ace(LayerwiseMethod):
     pretty_name = "ACE-Merging"
     reference_url = "https://arxiv.org/abs/2603.02945"
     own_parameters = (
+        MOMENTS,
         parameter(
             "preset",
             Literal["default", "published"],

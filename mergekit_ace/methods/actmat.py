@@ -9,7 +9,7 @@ from mergekit_ace.matrix.merge import MatrixMerge, merge_by_covariance
 from mergekit_ace.matrix.presets import ACTMAT, with_epsilon
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
-from mergekit_ace.methods.parameters import RIDGE
+from mergekit_ace.methods.parameters import MOMENTS, RIDGE
 
 
 class Actmat(LayerwiseMethod):
@@ -23,7 +23,7 @@ class Actmat(LayerwiseMethod):
     name = "actmat"
     pretty_name = "ACTMat"
     reference_url = "https://arxiv.org/abs/2604.01329"
-    own_parameters = (RIDGE,)
+    own_parameters = (RIDGE, MOMENTS)
 
     def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
         """One matrix by ACTMat."""

@@ -69,6 +69,13 @@ RIDGE = parameter(
     requirement="a finite number above 0, or 'auto'",
     description="ridge of the second moments, absolute, or 'auto': estimated from the task vectors",
 )
+MOMENTS = parameter(
+    "moments",
+    str,
+    default="",
+    requirement="a folder that mergekit-ace moments wrote",
+    description="a folder of second moments measured on prompts, in place of the estimates; empty: estimates alone",
+)
 WEIGHT = parameter(
     "weight",
     NonNegative,

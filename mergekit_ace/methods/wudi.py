@@ -10,7 +10,7 @@ from mergekit_ace.matrix.peers.wudi_adam import descend_interference
 from mergekit_ace.matrix.presets import WUDI, with_epsilon
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
-from mergekit_ace.methods.parameters import RIDGE, Count, Positive, parameter
+from mergekit_ace.methods.parameters import MOMENTS, RIDGE, Count, Positive, parameter
 
 
 class Wudi(LayerwiseMethod):
@@ -40,6 +40,7 @@ class Wudi(LayerwiseMethod):
             description="the minimizer itself, or Adam stopped early as published",
         ),
         RIDGE,
+        MOMENTS,
         parameter(
             "steps",
             Count,

@@ -1,0 +1,155 @@
+"""Moments of a folder, read one tensor at a time and only for the weights that they were measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mergekit_ace.moments.fingerprint import Fingerprint, fingerprint
+from mergekit_ace.moments.index import INDEX, MeasuredExpert, MeasuredTensor, MomentsError, MomentsIndex, read_index
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One expert's second moment of one matrix's inputs, `F^T F`.
+
+    Attributes:
+        factor: `F`, `[r, n]`, float32.
+        error: share of the off-diagonal energy that is sampling error.
+    """
+
+    factor: Tensor
+    error: float
+
+
+class MomentsFolder:
+    """A moments folder.
+
+    Args:
+        folder: as `mergekit-ace moments` wrote it.
+
+    Raises:
+        MomentsError: it is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index: MomentsIndex = read_index(folder)
+
+    def expert(self, model: str) -> str | None:
+        """The name in this folder of an expert of the recipe; None where it has no moments.
+
+        By the whole reference, or by the last part of its path, so that a folder may be moved.
+        """
+        experts = self.index.experts
+        exact = [name for name, entry in experts.items() if model in (name, entry.model)]
+        last = [name for name, entry in experts.items() if last_part(model) in (name, last_part(entry.model))]
+        found = exact or last
+        return found[0] if len(found) == 1 else None
+
+    def tensor(self, name: str, base: Tensor, *, input_first: bool) -> MeasuredTensor | None:
+        """What was measured of a tensor of the merged model; None where nothing was.
+
+        Args:
+            name: of the tensor.
+            base: the base's weight, as stored.
+            input_first: what the recipe says of how it is stored.
+
+        Raises:
+            MomentsError: it was measured on another weight.
+        """
+        measured = self.index.tensors.get(name)
+        if measured is None:
+            return None
+        self._require(measured.base, base, f"{name} of the base", f"the base {self.index.base}")
+        if measured.input_first != input_first:
+            stored, said = ("first", "last") if measured.input_first else ("last", "first")
+            raise MomentsError(
+                f"{name}: its inputs were measured along the {stored} axis; the recipe has input_axis: {said}. "
+                f"Set input_axis: {stored} for it"
+            )
+        return measured
+
+    def measured(self, name: str, tensor: MeasuredTensor, expert: str, weight: Tensor) -> Measured | None:
+        """An expert's moment; None where too few of its tokens came to this matrix.
+
+        Args:
+            name: of the tensor.
+            tensor: what `tensor` gave.
+            expert: what `expert` gave.
+            weight: the expert's weight, as stored.
+
+        Raises:
+            MomentsError: the file is damaged, or the moments were measured on another expert.
+        """
+        entry = self.index.experts[expert]
+        if tensor.input not in entry.inputs:
+            return None
+        if name in entry.weights:
+            self._require(entry.weights[name], weight, f"{name} of the expert {expert}", entry.model)
+        return Measured(factor=self._read(entry, tensor), error=entry.inputs[tensor.input].error)
+
+    def _read(self, entry: MeasuredExpert, tensor: MeasuredTensor) -> Tensor:
+        file = self.folder / entry.file
+        try:
+            with safe_open(file, framework="pt") as stored:
+                factor: Tensor = stored.get_tensor(tensor.input).float()
+        except (OSError, SafetensorError) as error:
+            raise MomentsError(f"{file}: the moments cannot be read; {error}. Measure them again") from error
+        inputs = tensor.base.shape[0 if tensor.input_first else 1]
+        if factor.ndim != 2 or factor.shape[1] != inputs:
+            raise MomentsError(
+                f"{file}: the moments of {tensor.input} must have {inputs} columns; got shape {tuple(factor.shape)}"
+            )
+        if not bool(torch.isfinite(factor).all()):
+            raise MomentsError(f"{file}: the moments of {tensor.input} hold NaN or infinity. Measure them again")
+        return factor
+
+    def _require(self, measured: Fingerprint, weight: Tensor, what: str, model: str) -> None:
+        if measured.shape != tuple(weight.shape):
+            raise MomentsError(
+                f"{what} must have the shape that the moments in {self.folder} were measured on, {measured.shape}; got "
+                f"{tuple(weight.shape)}. Measure them on the models of this recipe"
+            )
+        if not measured.matches(fingerprint(weight)):
+            raise MomentsError(
+                f"{what} is not the weight that the moments in {self.folder} were measured on ({model}): it has other "
+                "values. Measure them on the models of this recipe"
+            )
+
+
+def last_part(model: str) -> str:
+    """The last part of a model's path, or of its adapter's."""
+    return model.rpartition("+")[2].rstrip("/").rpartition("/")[2]
+
+
+def open_moments(folder: Path) -> MomentsFolder:
+    """A moments folder, its index parsed once for as long as it stays the same.
+
+    Raises:
+        MomentsError: it is none.
+    """
+    try:
+        changed = (folder / INDEX).stat().st_mtime_ns
+    except OSError as error:
+        raise MomentsError(
+            f"moments must be a folder that mergekit-ace moments wrote; {folder / INDEX}: {error.strerror}"
+        ) from error
+    return _open(folder.resolve(), changed)
+
+
+@lru_cache(maxsize=4)
+def _open(folder: Path, changed: int) -> MomentsFolder:
+    return MomentsFolder(folder)
+
+
+def unknown_experts(folder: MomentsFolder, models: Sequence[str]) -> list[str]:
+    """Names in the folder that belong to none of these models."""
+    known = {folder.expert(model) for model in models}
+    return [name for name in folder.index.experts if name not in known]

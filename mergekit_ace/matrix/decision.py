@@ -71,6 +71,8 @@ def decide(task_vectors: TaskVectors, options: CovarianceOptions) -> Decision:
     directions = int(refinement.fraction * min(task_vectors.shape)) if refinement and passes else 0
     independent = effective_experts(task_vectors) if options.needs_agreement else None
     low_rank = low_rank_share(task_vectors) if options.needs_rank else None
+    # Held nearer for being estimated from few rows; a measured second moment is not.
+    held = 0.0 if task_vectors.measured else low_rank or 0.0
     return Decision(
         heterogeneity=spread,
         heterogeneous=heterogeneous,
@@ -79,7 +81,7 @@ def decide(task_vectors: TaskVectors, options: CovarianceOptions) -> Decision:
         refined_residual=directions > 0 and refinement is not None and refinement.of == "residual",
         low_rank=low_rank,
         effective_experts=independent,
-        longest=longest_allowed(task_vectors, options.bounds.length, independent=independent, low_rank=low_rank or 0.0),
+        longest=longest_allowed(task_vectors, options.bounds.length, independent=independent, low_rank=held),
     )
 
 

@@ -19,7 +19,7 @@ from mergekit_ace.matrix.task_vectors import TaskVectors
 
 
 @dataclass(kw_only=True)
-class _DenseEquations:
+class DenseEquations:
     """`X (system + P) = numerator`, with the prior's row where there is one."""
 
     name: str
@@ -113,7 +113,7 @@ def assemble_dense(task_vectors: TaskVectors, options: CovarianceOptions, decisi
         residual.addmm_(total, system, alpha=-1 / len(task_vectors))
         del total
         numerator.add_(ridge_part)
-    return _DenseEquations(
+    return DenseEquations(
         name=task_vectors.name,
         system=system,
         numerator=numerator,

@@ -12,6 +12,19 @@ from torch import Tensor
 from mergekit_ace.linalg.precision import all_finite
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MeasuredMoment:
+    """A second moment of an expert's inputs that was measured on data, `C = F^T F`.
+
+    Attributes:
+        factor: `F`, `[r, n]`, any floating dtype and device.
+        error: share of the off-diagonal energy `sum_{i != j} c_ij^2` that is sampling error, in `[0, 1]`.
+    """
+
+    factor: Tensor
+    error: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Expert:
     """One expert's tensor.
@@ -20,11 +33,13 @@ class Expert:
         name: how messages call it.
         tensor: `[m, n]` (or any shape for `mean_task_vector`), dtype and device of the base; borrowed, never modified.
         weight: its weight in the objective, `>= 0`; only ratios between experts matter. 0 leaves it out.
+        measured: the second moment of its inputs, where that is known; else it is estimated from the task vector.
     """
 
     name: str
     tensor: Tensor
     weight: float = 1.0
+    measured: MeasuredMoment | None = None
 
 
 def voting_experts(experts: Sequence[Expert], *, name: str) -> list[Expert]:

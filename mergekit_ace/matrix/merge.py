@@ -10,6 +10,7 @@ from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.matrix.bounds import scale_factor
 from mergekit_ace.matrix.decision import Decision, decide
 from mergekit_ace.matrix.dense import assemble_dense
+from mergekit_ace.matrix.measured import assemble_measured
 from mergekit_ace.matrix.normal_equations import NormalEquations, retention
 from mergekit_ace.matrix.options import CovarianceOptions
 from mergekit_ace.matrix.refinement import Refinement, spectral_refinement
@@ -35,6 +36,7 @@ class MatrixMerge:
             no bound asks for it.
         scale_factor: what the bounds of retention and length multiplied the whole by, in `(0, 1]`.
         correlation: of the experts' second moments; None where no threshold asks for it.
+        measured: how many experts' second moments were measured.
         averaged: share of the plain average in the result, from 0 to 1: 1 where updates of low rank correlate too
             little to weigh the experts by.
     """
@@ -49,6 +51,7 @@ class MatrixMerge:
     retention: float | None = None
     scale_factor: float = 1.0
     correlation: float | None = None
+    measured: int = 0
     averaged: float = 0.0
 
     def describe(self) -> str:
@@ -57,7 +60,7 @@ class MatrixMerge:
             return ""
         if self.averaged == 1:
             return f"second moments correlate by {self.correlation:.2g} only, averaged"
-        facts = []
+        facts = [f"{self.measured} second moments measured"] if self.measured else []
         if self.decision.heterogeneous is not None:
             gate = "heterogeneous" if self.decision.heterogeneous else "homogeneous"
             facts.append(f"{gate} ({self.decision.heterogeneity:.3g})")
@@ -93,7 +96,17 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
 
     Raises:
         FactorizationError: no reasonable jitter makes the system positive definite.
+        ValueError: there are measured second moments, and the options ask for what is defined of estimates only.
     """
+    if task_vectors.measured and (
+        options.second_moment.centered
+        or options.structural_prior
+        or (options.refinement is not None and options.refinement.of == "residual")
+    ):
+        raise ValueError(
+            f"{task_vectors.name}: measured second moments cannot be combined with preset: published or "
+            "structural_prior: true, which are defined of estimated ones. Remove moments, or those"
+        )
     if len(task_vectors) == 0:
         return MatrixMerge(task_vector=task_vectors.zeros(*task_vectors.buffer_shape))
     became = tuple(range(len(task_vectors)))
@@ -142,6 +155,7 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         retention=kept,
         scale_factor=factor,
         correlation=equations.correlation,
+        measured=task_vectors.measured,
         averaged=averaged,
     )
 
@@ -154,6 +168,8 @@ def assemble(task_vectors: TaskVectors, options: CovarianceOptions, decision: De
         options: which second moment, which ridge, prior or not.
         decision: whether second moments are divided by their traces, and the residual is wanted.
     """
+    if task_vectors.measured:
+        return assemble_measured(task_vectors, options, decision)
     factors = row_factors(task_vectors, center=options.second_moment.centered)
     if factors is None:
         return assemble_dense(task_vectors, options, decision)

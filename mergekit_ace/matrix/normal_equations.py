@@ -67,13 +67,10 @@ def retention(
     Args:
         weight: `X`, `[m, n]`.
         numerator: `sum_t a_t N_t Sbar_t`, `[m, n]`.
-        moments: with their squared norms.
+        moments: with their squared norms, or responses.
         shares: `a_t`.
     """
-    own = 0.0
-    for moment, share in zip(moments, shares, strict=True):
-        assert moment.squared_norm is not None
-        own += share * (moment.scale * moment.squared_norm + moment.ridge * moment.trace)
+    own = sum(share * moment.own_response for moment, share in zip(moments, shares, strict=True))
     return inner_product(weight, numerator) / own if own > 0 else 0.0
 
 

@@ -23,6 +23,16 @@ class RegularizedMoment:
     """`tr G`."""
     squared_norm: float | None = None
     """`tr(G^2) = ||G||_F^2`, where something asked for it."""
+    response: float | None = None
+    """`tr(D Sbar D^T)`, where `Sbar` is not of the form above because the inputs of some expert were measured."""
+
+    @property
+    def own_response(self) -> float:
+        """`tr(D Sbar D^T)`, the expert's response to its own inputs."""
+        if self.response is not None:
+            return self.response
+        assert self.squared_norm is not None
+        return self.scale * self.squared_norm + self.ridge * self.trace
 
 
 def regularize(

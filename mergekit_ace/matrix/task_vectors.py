@@ -124,6 +124,11 @@ class TaskVectors:
         """Energy that rounding to the stored format is expected to have added to `D_t`."""
         return expected_rounding_energy(self.base, self.experts[t].tensor)
 
+    @property
+    def measured(self) -> int:
+        """How many experts have measured second moments."""
+        return sum(expert.measured is not None for expert in self.experts)
+
     def zeros(self, *shape: int) -> Tensor:
         """Zeros of a shape, in the working dtype, on the device of the base."""
         return self.base.new_zeros(shape, dtype=self.dtype)
@@ -148,7 +153,7 @@ class TaskVectors:
 
     def _are_copies(self, s: int, t: int) -> bool:
         # The energies, measured the same way, differ unless the tensors are equal: almost no pair is compared in full.
-        equal = self.statistics[s] == self.statistics[t]
+        equal = self.statistics[s] == self.statistics[t] and self.experts[s].measured is self.experts[t].measured
         return equal and torch.equal(self.experts[s].tensor, self.experts[t].tensor)
 
     def task_vector(self, t: int) -> Tensor:

@@ -28,6 +28,7 @@ from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.advice import OnceEach, causes
 from mergekit_ace.methods.device_failures import named, on_device_or_cpu
 from mergekit_ace.methods.matrices import Matrix, inputs_last, matrices, weighted_experts
+from mergekit_ace.methods.measured_moments import with_measured_moments
 from mergekit_ace.methods.parameters import LAMBDA, RecipeParameter, common_parameters
 from mergekit_ace.methods.quantized_inputs import require_unquantized_models, require_unquantized_tensors
 from mergekit_ace.policy import Choice, Treatment, is_embedding, treatment
@@ -165,6 +166,8 @@ class LayerwiseMethod(GroupMergeMethod):
         def merge_one(matrix: Matrix) -> tuple[Tensor, str]:
             return on_device_or_cpu(lambda moved: self._merge_one(moved, parameters), matrix, self._once.warn)
 
+        if treated.kind == "matrix":
+            experts = with_measured_moments(name, base, experts, parameters, self._once.warn)
         parts = matrices(name, base, experts, parameters)
         if treated.kind == "matrix":
             weight, notes = merge_one(next(parts))

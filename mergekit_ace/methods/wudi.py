@@ -61,6 +61,11 @@ class Wudi(LayerwiseMethod):
         """One matrix by WUDI."""
         if parameters["solver"] == "closed_form":
             return merge_by_covariance(task_vectors, with_epsilon(WUDI, parameters["epsilon"]))
+        if task_vectors.measured:
+            raise ValueError(
+                f"{task_vectors.name}: solver: adam descends the objective of estimated second moments and takes no "
+                "measured ones. Set solver: closed_form, or remove moments"
+            )
         merged = descend_interference(
             task_vectors, steps=parameters["steps"], learning_rate=parameters["learning_rate"]
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,21 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mergekit_ace.matrix.expert import MeasuredMoment
 from mergekit_ace.moments.fingerprint import Fingerprint, fingerprint
 from mergekit_ace.moments.index import INDEX, MeasuredExpert, MeasuredTensor, MomentsError, MomentsIndex, read_index
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One expert's second moment of one matrix's inputs, `F^T F`.
-
-    Attributes:
-        factor: `F`, `[r, n]`, float32.
-        error: share of the off-diagonal energy that is sampling error.
-    """
-
-    factor: Tensor
-    error: float
 
 
 class MomentsFolder:
@@ -76,7 +62,7 @@ class MomentsFolder:
             )
         return measured
 
-    def measured(self, name: str, tensor: MeasuredTensor, expert: str, weight: Tensor) -> Measured | None:
+    def measured(self, name: str, tensor: MeasuredTensor, expert: str, weight: Tensor) -> MeasuredMoment | None:
         """An expert's moment; None where too few of its tokens came to this matrix.
 
         Args:
@@ -93,13 +79,13 @@ class MomentsFolder:
             return None
         if name in entry.weights:
             self._require(entry.weights[name], weight, f"{name} of the expert {expert}", entry.model)
-        return Measured(factor=self._read(entry, tensor), error=entry.inputs[tensor.input].error)
+        return MeasuredMoment(factor=self._read(entry, tensor), error=entry.inputs[tensor.input].error)
 
     def _read(self, entry: MeasuredExpert, tensor: MeasuredTensor) -> Tensor:
         file = self.folder / entry.file
         try:
             with safe_open(file, framework="pt") as stored:
-                factor: Tensor = stored.get_tensor(tensor.input).float()
+                factor: Tensor = stored.get_tensor(tensor.input)
         except (OSError, SafetensorError) as error:
             raise MomentsError(f"{file}: the moments cannot be read; {error}. Measure them again") from error
         inputs = tensor.base.shape[0 if tensor.input_first else 1]
@@ -147,9 +133,3 @@ def open_moments(folder: Path) -> MomentsFolder:
 @lru_cache(maxsize=4)
 def _open(folder: Path, changed: int) -> MomentsFolder:
     return MomentsFolder(folder)
-
-
-def unknown_experts(folder: MomentsFolder, models: Sequence[str]) -> list[str]:
-    """Names in the folder that belong to none of these models."""
-    known = {folder.expert(model) for model in models}
-    return [name for name in folder.index.experts if name not in known]

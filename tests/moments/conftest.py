@@ -38,9 +38,7 @@ def make_scene(folder: Path, family: str = "llama", *, method: str = "ace", **op
     save_tokenizer(suite.base.path, 96)
     recipe = folder / "recipe.yml"
     models = [{"model": str(expert.path)} for expert in suite.experts]
-    recipe.write_text(
-        yaml.safe_dump({"merge_method": method, "base_model": str(suite.base.path), "models": models})
-    )
+    recipe.write_text(yaml.safe_dump({"merge_method": method, "base_model": str(suite.base.path), "models": models}))
     return Scene(suite, folder, recipe)
 
 

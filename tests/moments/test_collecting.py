@@ -151,7 +151,8 @@ def test_a_chat_template_is_used(scene: Scene) -> None:
     """Every prompt gains the tokens of the template."""
     file = scene.suite.base.path / "chat_template.jinja"
     file.write_text(
-        "{% for m in messages %}word1 word2 {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}word3{% endif %}"
+        "{% for m in messages %}word1 word2 {{ m['content'] }} {% endfor %}"
+        "{% if add_generation_prompt %}word3{% endif %}"
     )
     try:
         result = scene.measure("--prompts", f"expert0={scene.prompts('a.txt')}")
@@ -167,7 +168,10 @@ def test_a_chat_template_is_used(scene: Scene) -> None:
         (("--prompts", "{file}"), "must be NAME=FILE"),
         (("--prompts", "expert0={file}", "--prompts", "expert0={file}"), "expert0 must be given once"),
         (("--prompts", "expert0={folder}/none.txt"), "none.txt: the prompts cannot be read"),
-        (("--prompts", "expert0={short}"), "expert0: its prompts must have at least 32 tokens in all; got 4 in 1 prompt"),
+        (
+            ("--prompts", "expert0={short}"),
+            "expert0: its prompts must have at least 32 tokens in all; got 4 in 1 prompt",
+        ),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(scene: Scene, arguments: tuple[str, ...], words: str) -> None:

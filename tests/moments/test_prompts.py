@@ -52,7 +52,10 @@ def test_a_folder_is_its_files_by_name(tmp_path: Path) -> None:
         ("[" * 100_000, "line 2 must be one JSON object"),
         ('["a"]', "line 2 must be one JSON object; got list"),
         ('{"question": "a"}', "line 2 must have one of the keys prompt, text, messages; got question"),
-        ('{"prompt": "a", "text": "b"}', "line 2 must have one of the keys prompt, text, messages; got prompt and text"),
+        (
+            '{"prompt": "a", "text": "b"}',
+            "line 2 must have one of the keys prompt, text, messages; got prompt and text",
+        ),
         ('{"prompt": 3}', "line 2: prompt must be a text; got int"),
         ('{"prompt": "  "}', "line 2: prompt must be a text; got an empty one"),
         ('{"prompt": "a", "completion": ""}', "line 2: completion must be a text; got an empty one"),
@@ -74,7 +77,7 @@ def test_what_is_wrong_is_said_by_line(tmp_path: Path, line: str | bytes, words:
 def test_files_that_hold_no_prompts(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match=r"a\.txt must hold at least one prompt; it holds none"):
         read_prompts(written(tmp_path, "a.txt", "\n \n"))
-    with pytest.raises(PromptError, match="must be a .txt file, a .jsonl file or a folder of those"):
+    with pytest.raises(PromptError, match=r"must be a \.txt file, a \.jsonl file or a folder of those"):
         read_prompts(written(tmp_path, "a.csv", "x"))
     with pytest.raises(PromptError, match=r"none\.txt: the prompts cannot be read; No such file"):
         read_prompts(tmp_path / "none.txt")

@@ -89,7 +89,8 @@ def read_index(folder: Path) -> MomentsIndex:
         return MomentsIndex.model_validate_json(file.read_bytes())
     except OSError as error:
         raise MomentsError(
-            f"moments must be a folder that mergekit-ace moments wrote; {file}: {error.strerror}"
+            f"parameter moments must be a folder that mergekit-ace moments wrote; got {str(folder)!r}, whose {INDEX} "
+            f"cannot be read: {error.strerror}"
         ) from error
     except ValidationError as error:
         first = error.errors()[0]

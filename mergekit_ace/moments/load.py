@@ -125,7 +125,8 @@ def open_moments(folder: Path) -> MomentsFolder:
         changed = (folder / INDEX).stat().st_mtime_ns
     except OSError as error:
         raise MomentsError(
-            f"moments must be a folder that mergekit-ace moments wrote; {folder / INDEX}: {error.strerror}"
+            f"parameter moments must be a folder that mergekit-ace moments wrote; got {str(folder)!r}, whose {INDEX} "
+            f"cannot be read: {error.strerror}"
         ) from error
     return _open(folder.resolve(), changed)
 

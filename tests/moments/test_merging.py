@@ -184,7 +184,7 @@ def misshapen(folder: Path) -> None:
     ("damage", "words"),
     [
         (damaged_index, "moments.json must be an index of this version of mergekit-ace; by: Field required"),
-        (no_index, "moments must be a folder that mergekit-ace moments wrote"),
+        (no_index, "parameter moments must be a folder that mergekit-ace moments wrote; got"),
         (truncated, "expert0.safetensors: the moments cannot be read"),
         (missing, "expert0.safetensors: the moments cannot be read"),
         (not_finite, "the moments of model.layers.0.self_attn.q_proj hold NaN or infinity"),

@@ -17,7 +17,8 @@ from mergekit_ace.collecting.collect import Collected, Progress, Settings, colle
 from mergekit_ace.collecting.prompts import Prompt, read_prompts
 from mergekit_ace.moments.load import last_part
 from mergekit_ace.recipe.failures import RecipeError
-from mergekit_ace.recipe.plan import Plan, planned, read_recipe
+from mergekit_ace.recipe.plan import Plan, planned
+from mergekit_ace.recipe.reading import read_recipe
 
 LOG = logging.getLogger("mergekit_ace")
 

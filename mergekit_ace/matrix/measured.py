@@ -35,7 +35,7 @@ def assemble_measured(task_vectors: TaskVectors, options: CovarianceOptions, dec
         options: which estimate.
         decision: whether second moments are divided by their traces.
     """
-    m, n = task_vectors.shape
+    m, n = task_vectors.buffer_shape
     system, numerator = task_vectors.zeros(n, n), task_vectors.zeros(m, n)
     moments = []
     for t, share in enumerate(task_vectors.shares):
@@ -55,6 +55,7 @@ def assemble_measured(task_vectors: TaskVectors, options: CovarianceOptions, dec
         system=system,
         numerator=numerator,
         prior_row=None,
+        ones=None,
         residual=None,
         keep_numerator=options.bounds.retention,
         moments=tuple(moments),

@@ -21,6 +21,7 @@ from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.ace import Ace
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.methods.matrices import matrices, weighted_experts
+from mergekit_ace.methods.measured_moments import with_measured_moments
 from mergekit_ace.policy import Treatment
 from mergekit_ace.recipe.failures import READING, message_of
 from mergekit_ace.recipe.plan import Inputs, Plan, PlannedTensor, planned
@@ -119,10 +120,16 @@ def _layers(plan: Plan, layer: LayerReport, inputs: Inputs, mode: Mode) -> Itera
     if treated.kind in ("average", "base"):
         yield _unsolved(layer, treated, base, experts)
         return
+    if treated.kind == "matrix":
+        experts = with_measured_moments(layer.name, base, experts, inputs.parameters, _not_said)
     for matrix in matrices(layer.name, base, experts, inputs.parameters):
         part = replace(layer, name=matrix.name, shape=tuple(base.shape[-2:]))
         task_vectors = TaskVectors(matrix.base, matrix.experts, name=matrix.name)
         yield _matrix(part, method, task_vectors, matrix.experts, inputs.parameters, mode)
+
+
+def _not_said(cause: str, message: str) -> None:
+    """The merge warns of experts without measured moments; the report counts those with."""
 
 
 def _matrix(

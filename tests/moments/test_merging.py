@@ -1,5 +1,6 @@
 """Recipes with `moments`, from prompts to a merged model by the real commands."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -228,3 +229,17 @@ def test_settings_that_take_no_moments_say_so(make: Make) -> None:
     scene.recipe.write_text(yaml.safe_dump({**document, "merge_method": "wudi"}))
     result = merge(scene, solver="adam")
     assert "solver: adam descends the objective of estimated second moments" in result.output
+
+
+def test_inspect_measures_the_merge_by_moments(make: Make) -> None:
+    """Its report is of the merge that the recipe asks for."""
+    scene = make("llama", update=Update.EVEN, scale=0.1)
+    measured(scene, "expert0", "expert1")
+    assert merge(scene).exit_code == 0
+    merged, base = read_tensors(scene.folder / "merged"), scene.suite.base.tensors
+    file = scene.folder / "report.json"
+    result = CliRunner().invoke(main, ["inspect", str(scene.folder / "with-moments.yml"), "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    name = "model.layers.1.mlp.up_proj.weight"
+    (layer,) = [layer for layer in json.loads(file.read_text())["layers"] if layer["name"] == name]
+    assert layer["merged"]["norm"] == pytest.approx(float((merged[name] - base[name]).norm()), rel=1e-4)

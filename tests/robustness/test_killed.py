@@ -67,7 +67,7 @@ STATUS = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 143, "SIGINT": 130, "SIGHUP": 1
 MOMENTS = 3
 
 
-class Night:
+class KilledMerge:
     """A recipe, the hashes of its inputs, and merges of it that end badly."""
 
     def __init__(self, folder: Path, forks: ForkServer) -> None:
@@ -102,12 +102,12 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Night]:
-    folder = tmp_path_factory.mktemp("night")
+def killable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KilledMerge]:
+    folder = tmp_path_factory.mktemp("killed")
     with ForkServer(
         sys.executable, IMPORTS, Path(__file__).parents[2], {**os.environ, "OMP_NUM_THREADS": "1"}
     ) as forks:
-        yield Night(folder, forks)
+        yield KilledMerge(folder, forks)
 
 
 def unfinished(out: Path) -> bool | None:
@@ -116,90 +116,90 @@ def unfinished(out: Path) -> bool | None:
     return any((partial / "receipts").glob("*.json")) if partial.exists() else None
 
 
-def moments(night: Night, seed: str) -> list[int]:
+def moments(killable: KilledMerge, seed: str) -> list[int]:
     """Early and late events, where folders are made and renamed, and some in between."""
-    between = random.Random(seed).sample(range(3, night.events - 5), MOMENTS)
-    return [2, *sorted(between), *range(night.events - 4, night.events + 1)]
+    between = random.Random(seed).sample(range(3, killable.events - 5), MOMENTS)
+    return [2, *sorted(between), *range(killable.events - 4, killable.events + 1)]
 
 
-def assert_rerun(night: Night, out: Path, *flags: str) -> None:
-    status, output = night.merge(out, "nothing", 0, "--resume", *flags)
+def assert_rerun(killable: KilledMerge, out: Path, *flags: str) -> None:
+    status, output = killable.merge(out, "nothing", 0, "--resume", *flags)
     assert status == 0, output
-    assert hashes(out) == night.expected
+    assert hashes(out) == killable.expected
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("kind", STATUS)
-def test_no_folder_looks_whole_but_is_not(kind: str, night: Night, tmp_path: Path) -> None:
+def test_no_folder_looks_whole_but_is_not(kind: str, killable: KilledMerge, tmp_path: Path) -> None:
     endings = set()
-    for at in moments(night, kind):
+    for at in moments(killable, kind):
         out = tmp_path / str(at) / "out"
         out.parent.mkdir()
-        status, output = night.merge(out, kind, at)
+        status, output = killable.merge(out, kind, at)
         whole = out.exists()
         endings.add((status, whole))
         if whole:  # the last events are after the rename
-            assert hashes(out) == night.expected, (at, output)
+            assert hashes(out) == killable.expected, (at, output)
         else:
             assert status == STATUS[kind], (at, output)
             assert kind == "SIGKILL" or unfinished(out) in (None, True), (at, output)
         assert {path.name for path in out.parent.iterdir()} <= {"out", "out.partial"}
         assert "Traceback" not in output, (at, output)
-        assert hashes(night.folder / "models") == night.inputs
-        assert_rerun(night, out, *(["--overwrite"] if whole else []))
+        assert hashes(killable.folder / "models") == killable.inputs
+        assert_rerun(killable, out, *(["--overwrite"] if whole else []))
     assert (STATUS[kind], False) in endings
 
 
 @pytest.mark.parametrize("kind", ["SIGKILL", "SIGTERM", "disk full"])
-def test_what_was_there_stays_until_its_successor_is_whole(kind: str, night: Night, tmp_path: Path) -> None:
-    for at in moments(night, f"overwrite {kind}"):
+def test_what_was_there_stays_until_its_successor_is_whole(kind: str, killable: KilledMerge, tmp_path: Path) -> None:
+    for at in moments(killable, f"overwrite {kind}"):
         out = tmp_path / str(at) / "out"
         out.mkdir(parents=True)
         (out / "config.json").write_text("old")
         old = hashes(out)
-        night.merge(out, kind, at, "--overwrite")
+        killable.merge(out, kind, at, "--overwrite")
         if out.exists():
-            assert hashes(out) in (old, night.expected), at
+            assert hashes(out) in (old, killable.expected), at
         else:  # killed between the two renames: the next run puts it back before it does anything else
             assert kind == "SIGKILL"
             assert hashes(out.parent / "out.partial" / "previous") == old
-            status, output = night.merge(out, "nothing", 0)
+            status, output = killable.merge(out, "nothing", 0)
             assert status == 1
             assert "Pass --resume" in output
             assert hashes(out) == old
-        assert_rerun(night, out, "--overwrite")
+        assert_rerun(killable, out, "--overwrite")
 
 
 @pytest.mark.parametrize("flags", [(), ("--async-write",)], ids=str)
-def test_a_write_that_fails_leaves_nothing(flags: tuple[str, ...], night: Night, tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_nothing(flags: tuple[str, ...], killable: KilledMerge, tmp_path: Path) -> None:
     """The operating system itself refuses: no file may grow beyond 12 kB."""
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000))\n"
-    names = {"recipe": str(night.recipe), "out": str(tmp_path / "out"), "kind": "nothing", "at": 0, "flags": flags}
-    status, output = night.run(limit + "".join(f"{name} = {value!r}\n" for name, value in names.items()) + MERGE)
+    names = {"recipe": str(killable.recipe), "out": str(tmp_path / "out"), "kind": "nothing", "at": 0, "flags": flags}
+    status, output = killable.run(limit + "".join(f"{name} = {value!r}\n" for name, value in names.items()) + MERGE)
     assert status == 1, output
     assert "File too large" in output
     assert "Traceback" not in output
     assert not (tmp_path / "out").exists()
     assert unfinished(tmp_path / "out") in (None, True)
-    assert_rerun(night, tmp_path / "out")
+    assert_rerun(killable, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["SIGTERM", "SIGKILL"])
-def test_threads_that_write_are_stopped_too(kind: str, night: Night, tmp_path: Path) -> None:
-    for at in moments(night, f"threads {kind}")[:MOMENTS]:
+def test_threads_that_write_are_stopped_too(kind: str, killable: KilledMerge, tmp_path: Path) -> None:
+    for at in moments(killable, f"threads {kind}")[:MOMENTS]:
         out = tmp_path / str(at) / "out"
         out.parent.mkdir()
-        status, output = night.merge(out, kind, at, "--async-write")
+        status, output = killable.merge(out, kind, at, "--async-write")
         assert status == STATUS[kind], (at, output)
         assert not out.exists()
-        assert_rerun(night, out)
+        assert_rerun(killable, out)
 
 
-def test_a_part_is_whole_or_not_there_too(night: Night, tmp_path: Path) -> None:
-    for at in moments(night, "part")[::3]:
+def test_a_part_is_whole_or_not_there_too(killable: KilledMerge, tmp_path: Path) -> None:
+    for at in moments(killable, "part")[::3]:
         out = tmp_path / str(at) / "out"
         out.parent.mkdir()
-        night.merge(out, "SIGKILL", at, "--part", "1/1")
+        killable.merge(out, "SIGKILL", at, "--part", "1/1")
         manifest = out / "part.json"
         receipts = json.loads(manifest.read_text())["receipts"] if out.exists() else []
         assert not out.exists() or sum(len(receipt["tensors"]) for receipt in receipts) == 30

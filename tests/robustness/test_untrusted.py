@@ -1,4 +1,4 @@
-"""Checkpoints by strangers: nothing in them is run, and their names cannot steer a terminal."""
+"""Untrusted checkpoints: no code in them is run, and their names send no control sequences to a terminal."""
 
 import json
 import logging
@@ -100,10 +100,10 @@ WRITERS = {"zip": write_zip, "legacy": write_legacy, "plain pickle": write_plain
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_code_in_a_pickle_is_run(command: str, where: str, form: str, tmp_path: Path) -> None:
     suite = make_suite("llama", tmp_path, experts=1, storage="pickle")
-    stranger = suite.base if where == "base" else suite.experts[0]
+    untrusted = suite.base if where == "base" else suite.experts[0]
     made = tmp_path / "made-by-the-checkpoint"
-    tensors = dict(read_tensors(stranger.path))
-    WRITERS[form]({**tensors, "code": Code(made)}, stranger.path / "pytorch_model.bin")
+    tensors = dict(read_tensors(untrusted.path))
+    WRITERS[form]({**tensors, "code": Code(made)}, untrusted.path / "pytorch_model.bin")
     with pytest.raises((UnpicklingError, RuntimeError), match=REFUSED[command]):
         COMMANDS[command](suite, tmp_path / "out")
     assert not made.exists()

@@ -16,7 +16,8 @@ from mergekit_ace.adapters.tensors import AdapterError
 from mergekit_ace.adapters.truncation import Rank, Truncation, input_weight, outputs_kept
 from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.matrix.expert import Expert
-from mergekit_ace.methods.advice import OnceEach, causes
+from mergekit_ace.methods.advice import log_messages
+from mergekit_ace.methods.warnings import MergeWarnings
 from mergekit_ace.printable import printable
 
 
@@ -83,7 +84,7 @@ class AdapterMerge:
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._once = OnceEach()
+        self._warnings = MergeWarnings()
 
     @torch.no_grad()
     def weights(self) -> Iterator[MergedWeight]:
@@ -165,9 +166,8 @@ class AdapterMerge:
             core, note = task_vectors.task_vector(0).mul_(scale), f"only {task_vectors.experts[0].name} changed it"
         else:
             layer = method.merge_matrix(task_vectors, parameters)
-            # A share of the base's weight cannot be had without the base.
-            for cause, message in causes(layer, max(task_vectors.energies) ** 0.5, weight_norm=0.0, scale=scale):
-                self._once.warn(cause, f"{name}: {message}")
+            for cause, message in log_messages(method.evidence(task_vectors, layer, parameters)):
+                self._warnings.warn(cause, message)
             core, note = layer.task_vector.mul_(scale), layer.describe()
         weights = [each.weight for each in updates]
         part = self._finished(space, core, weights=weights, note=note, turned=turned)

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 from mergekit.options import MergeOptions, add_merge_options
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from mergekit_ace.cli.help import Command
 from mergekit_ace.recipe.failures import RecipeError
-from mergekit_ace.recipe.plan import Plan, planned
+from mergekit_ace.recipe.patterns import select_names
+from mergekit_ace.recipe.plan import Plan, PlannedTensor, planned
 from mergekit_ace.recipe.preflight import require_sound_inputs
 from mergekit_ace.recipe.reading import read_recipe
 from mergekit_ace.report.advice import advise
 from mergekit_ace.report.as_csv import write_csv
 from mergekit_ace.report.as_json import write_json
-from mergekit_ace.report.inspection import assemble, inspect_tensor, work
-from mergekit_ace.report.model import LayerReport, Mode, Report
+from mergekit_ace.report.inspection import assemble, inspect_tensor, spectra_of_each_type, work
+from mergekit_ace.report.model import Mode, Report, TensorReport
+from mergekit_ace.report.sampling import sample
+from mergekit_ace.report.terminal import print_summary
 
 _INTERRUPTED = 130
+_FILE_WIDTH = 160
 _EXIT_STATUSES = {
     0: "measured",
     1: "the merge would fail, or an expert adds nothing; what could be measured is reported",
@@ -38,7 +44,21 @@ def _in_folder(ctx: click.Context, param: click.Parameter, value: Path | None) -
 
 @click.command("inspect", cls=Command, exit_statuses=_EXIT_STATUSES)
 @click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--fast", is_flag=True, help="Norms, traces and heterogeneity only: one read of the files")
+@click.option("--fast", is_flag=True, help="Norms and heterogeneity only: one read of the files, no merge")
+@click.option(
+    "--sample",
+    "per_type",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Measure N tensors of each layer type only, evenly spaced over the depth",
+)
+@click.option(
+    "--only-tensors",
+    "patterns",
+    multiple=True,
+    metavar="PATTERN",
+    help="Measure only output tensors whose name matches this glob pattern; may be repeated",
+)
 @click.option("--json", "json_file", type=_FILE, callback=_in_folder, help="Write everything measured")
 @click.option("--csv", "csv_file", type=_FILE, callback=_in_folder, help="Write a table, one row a tensor")
 @click.option("--html", "html_file", type=_FILE, callback=_in_folder, help="Write a self-contained page with pictures")
@@ -51,36 +71,41 @@ def _in_folder(ctx: click.Context, param: click.Parameter, value: Path | None) -
 )
 @click.option(
     "--spectra",
-    "patterns",
+    "spectra_patterns",
     multiple=True,
     metavar="PATTERN",
-    help="Tensors whose spectra are drawn, by glob pattern; may be repeated  [default: the refined and the worst]",
+    help="Tensors whose singular values are measured and drawn, by glob pattern; may be repeated  [default with --html "
+    "or --png: the middle one of each layer type]",
 )
 @add_merge_options
 def inspect(
     merge_options: MergeOptions,
     config_file: Path,
     fast: bool,
+    per_type: int | None,
+    patterns: Sequence[str],
     json_file: Path | None,
     csv_file: Path | None,
     html_file: Path | None,
     png_folder: Path | None,
-    patterns: Sequence[str],
+    spectra_patterns: Sequence[str],
 ) -> None:
     """Report what the merge of the recipe CONFIG_FILE will do, tensor by tensor; takes the options of mergekit-yaml.
 
-    One tensor of every model is held at a time, and no model is written. Ctrl-C ends it early: what was measured until
-    then is shown and written.
+    One tensor of every model is held at a time, and no model is written. A full pass merges every tensor and takes
+    about one and a half times as long as the merge; --fast, --sample and --only-tensors take less. Ctrl-C ends it
+    early: what was measured until then is shown and written.
     """
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     try:
         recipe = read_recipe(config_file)
         require_sound_inputs(recipe, merge_options)
         with planned(recipe, merge_options) as plan:
-            report = _measure(plan, "fast" if fast else "full", quiet=merge_options.quiet)
+            chosen = _choose(plan, patterns, per_type, spectra_patterns, drawn=bool(html_file or png_folder))
+            report = _measure(plan, chosen, "fast" if fast else "full", quiet=merge_options.quiet)
     except RecipeError as error:
         raise click.ClickException(str(error)) from error
-    _write(report, json_file, csv_file, html_file, png_folder, patterns)
+    _write(report, json_file, csv_file, html_file, png_folder)
     _show(report)
     if not report.complete:
         raise click.exceptions.Exit(_INTERRUPTED)
@@ -88,51 +113,75 @@ def inspect(
         raise click.exceptions.Exit(1)
 
 
-def _measure(plan: Plan, mode: Mode, *, quiet: bool) -> Report:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+class _Chosen(NamedTuple):
+    tensors: Sequence[PlannedTensor]
+    spectra: frozenset[str]
+    """Names of those whose singular values are measured."""
+    selection: str | None
+    """In words; None: all tensors."""
 
+
+def _choose(
+    plan: Plan, patterns: Sequence[str], per_type: int | None, spectra_patterns: Sequence[str], *, drawn: bool
+) -> _Chosen:
+    try:
+        tensors = _matching(plan.tensors, patterns)
+        if per_type is not None:
+            tensors = sample(tensors, per_type)
+        spectra = _matching(tensors, spectra_patterns) if spectra_patterns else spectra_of_each_type(tensors)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    words = [
+        *([f"names that match {' or '.join(patterns)}"] if patterns else []),
+        *([f"{per_type} of each layer type"] if per_type is not None else []),
+    ]
+    return _Chosen(
+        tensors=tensors,
+        spectra=frozenset(tensor.name for tensor in spectra) if drawn or spectra_patterns else frozenset(),
+        selection=f"Measured {len(tensors)} of {len(plan.tensors)} tensors: {', '.join(words)}." if words else None,
+    )
+
+
+def _matching(tensors: Sequence[PlannedTensor], patterns: Sequence[str]) -> list[PlannedTensor]:
+    names = select_names([tensor.name for tensor in tensors], patterns)
+    return [tensor for tensor in tensors if tensor.name in names]
+
+
+def _measure(plan: Plan, chosen: _Chosen, mode: Mode, *, quiet: bool) -> Report:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    layers: list[LayerReport] = []
+    tensors: list[TensorReport] = []
     with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
-        amounts = [work(tensor, mode) for tensor in plan.tensors]
+        amounts = [work(tensor, mode) for tensor in chosen.tensors]
         task = progress.add_task("measuring", total=sum(amounts))
         try:
-            for tensor, amount in zip(plan.tensors, amounts, strict=True):
-                layers.extend(inspect_tensor(plan, tensor, mode))
+            for tensor, amount in zip(chosen.tensors, amounts, strict=True):
+                tensors.extend(inspect_tensor(plan, tensor, mode, with_spectra=tensor.name in chosen.spectra))
                 progress.advance(task, amount)
         except KeyboardInterrupt:
-            return assemble(plan, layers, mode, complete=False)
-    return assemble(plan, layers, mode)
+            return assemble(plan, tensors, mode, selection=chosen.selection, complete=False)
+    return assemble(plan, tensors, mode, selection=chosen.selection)
 
 
 def _write(
-    report: Report,
-    json_file: Path | None,
-    csv_file: Path | None,
-    html_file: Path | None,
-    png_folder: Path | None,
-    patterns: Sequence[str],
+    report: Report, json_file: Path | None, csv_file: Path | None, html_file: Path | None, png_folder: Path | None
 ) -> None:
-    chosen = [layer for layer in report.layers if any(fnmatchcase(layer.name, pattern) for pattern in patterns)]
     if json_file is not None:
         write_json(report, json_file)
     if csv_file is not None:
         write_csv(report, csv_file)
+    # matplotlib is imported only where something is drawn.
     if html_file is not None:
         from mergekit_ace.report.as_html import write_html
 
-        write_html(report, html_file, chosen if patterns else None)
+        write_html(report, html_file)
     if png_folder is not None:
         from mergekit_ace.report.as_png import write_png
 
-        write_png(report, png_folder, chosen if patterns else None)
+        write_png(report, png_folder)
 
 
 def _show(report: Report) -> None:
-    from rich.console import Console
-
-    from mergekit_ace.report.terminal import print_summary
-
-    print_summary(report, Console(highlight=False))
+    console = Console(highlight=False)
+    # A file or a pipe has no width to fit into.
+    print_summary(report, console if console.is_terminal else Console(highlight=False, width=_FILE_WIDTH))

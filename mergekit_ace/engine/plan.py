@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from mergekit_ace.engine.cost import tensor_cost
 from mergekit_ace.engine.shards import OutputTensor, Shard, default_shard_size, file_names, grouped
 from mergekit_ace.recipe.fingerprint import Fingerprint, describing_files, fingerprint
 from mergekit_ace.recipe.headers import TensorHeader
+from mergekit_ace.recipe.patterns import select_names
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
 
 # mergekit's options that change the output's values or names.
@@ -118,21 +118,6 @@ def plan_merge(
             cost = sum(tensor_cost(plan, by_name[output.name]) for output in tensors)
             shards.append(Shard(file=name, tensors=tensors, cost=cost, reads=tuple(sorted(files))))
     return MergePlan(merge=merge, shards=tuple(shards), inputs=read_inputs(plan))
-
-
-def select_names(names: Sequence[str], patterns: Sequence[str]) -> frozenset[str]:
-    """The names that match any of the patterns; all, if there is none.
-
-    Raises:
-        ValueError: A pattern matches no name.
-    """
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"tensor pattern must match a tensor of the output; got {pattern!r}, which matches none of "
-                f"{len(names)}, such as {names[0] if names else 'none'}"
-            )
-    return frozenset(name for name in names if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def require_complete(plan: Plan) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import Tensor
 
@@ -21,38 +21,47 @@ from mergekit_ace.matrix.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatrixMerge:
-    """A merged task vector and how it came about: the one source of every log line and report.
+class MergeFacts:
+    """What the merge of one matrix recorded of itself, but for its tensors: the one source of logs and reports."""
 
-    Attributes:
-        task_vector: `[m, n]`, working dtype; add it to the base.
-        decision: what was decided before the solve; None where nothing had to be (a single expert, another method).
-        moments: scale and ridge of each expert in `TaskVectors.experts`; empty when nothing was solved.
-        ridge: of the system, relative to the mean eigenvalue of what it regularizes; None when nothing was solved.
-        ridge_is_fixed: a person set it; otherwise it was estimated.
-        condition: estimated condition number of the system; None unless `diagnostics` are wanted.
-        refinement: level and number of the refined directions, None when there was none.
-        retention: mean response under the experts' second moments relative to their own, before any scaling; None where
-            no bound asks for it.
-        scale_factor: what the bounds of retention and length multiplied the whole by, in `(0, 1]`.
-        correlation: of the experts' second moments; None where no threshold asks for it.
-        measured: how many experts' second moments were measured.
-        averaged: share of the plain average in the result, from 0 to 1: 1 where updates of low rank correlate too
-            little to weigh the experts by.
-    """
+    decision: Decision | None = None
+    """What was decided before the solve; None where nothing had to be (a single expert, another method)."""
+    ridge: float | None = None
+    """Of the system, relative to the mean eigenvalue of what it regularizes; None when nothing was solved."""
+    ridge_is_fixed: bool = False
+    """A person set it; otherwise it was estimated."""
+    condition: float | None = None
+    """Estimated condition number of the system; None unless `diagnostics` are wanted."""
+    refinement_norm: float | None = None
+    """`||.||_F` of what spectral refinement added; None when there was none."""
+    retention: float | None = None
+    """Mean response under the experts' second moments relative to their own, before any scaling; None where no bound
+    asks for it."""
+    scale_factor: float = 1.0
+    """What the bounds of retention and length multiplied the whole by, in `(0, 1]`."""
+    correlation: float | None = None
+    """Of the experts' second moments; None where no threshold asks for it."""
+    measured: int = 0
+    """How many experts' second moments were measured."""
+    averaged: float = 0.0
+    """Share of the plain average in the result, from 0 to 1: 1 where updates of low rank correlate too little to weigh
+    the experts by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixMerge(MergeFacts):
+    """A merged task vector and how it came about."""
 
     task_vector: Tensor
-    decision: Decision | None = None
+    """`[m, n]`, working dtype; add it to the base."""
     moments: tuple[RegularizedMoment, ...] = ()
-    ridge: float | None = None
-    ridge_is_fixed: bool = False
-    condition: float | None = None
+    """Scale and ridge of each expert in `TaskVectors.experts`; empty when nothing was solved."""
     refinement: Refinement | None = None
-    retention: float | None = None
-    scale_factor: float = 1.0
-    correlation: float | None = None
-    measured: int = 0
-    averaged: float = 0.0
+    """Level and number of the refined directions; None when there was none."""
+
+    def facts(self) -> MergeFacts:
+        """Without the tensors."""
+        return MergeFacts(**{field.name: getattr(self, field.name) for field in fields(MergeFacts)})
 
     def describe(self) -> str:
         """The facts above in one line, for a log."""
@@ -152,6 +161,7 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         ridge_is_fixed=options.second_moment.epsilon != "auto",
         condition=solution.condition,
         refinement=refinement,
+        refinement_norm=refinement.norm if refinement else None,
         retention=kept,
         scale_factor=factor,
         correlation=equations.correlation,

@@ -37,16 +37,14 @@ class SecondMoment:
 class Gate:
     """Only heterogeneous matrices are trace-normalized and refined (paper, Eqs. 7-10 and 15).
 
-    Attributes:
-        statistic: of the task vectors' energies.
-        threshold: `>= 0`; heterogeneous above it. Infinity: no matrix.
-
     Raises:
         ValueError: `threshold` is negative or not a number.
     """
 
     statistic: HeterogeneityStatistic
+    """Of the task vectors' energies."""
     threshold: float
+    """`>= 0`; heterogeneous above it. Infinity: no matrix."""
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:

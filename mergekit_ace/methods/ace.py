@@ -124,6 +124,26 @@ class Ace(LayerwiseMethod):
             correlation_threshold=given("correlation_threshold", preset.correlation_threshold),
         )
 
+    def settings(self, parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The parameters in force, what the preset gives in the place of the word."""
+        options = self.options(parameters)
+        gate, refinement = options.gate, options.refinement
+        in_force = {
+            "epsilon": options.second_moment.epsilon,
+            "heterogeneity": gate.statistic if gate else "scale_free",
+            "heterogeneity_threshold": gate.threshold if gate else 0.0,
+            "spectral_fraction": refinement.fraction if refinement else 0.0,
+            "structural_prior": options.structural_prior,
+            "correlation_threshold": options.correlation_threshold,
+            "retention_bound": options.bounds.retention,
+            "length_bound": next(word for word, bound in _LENGTH_BOUNDS.items() if bound == options.bounds.length),
+        }
+        return {**super().settings(parameters), **in_force}
+
+    def gate(self, parameters: Mapping[str, Any]) -> Gate | None:
+        """ACE's, where its threshold is above 0."""
+        return self.options(parameters).gate
+
     def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
         """One matrix by ACE."""
         return merge_by_covariance(task_vectors, self.options(parameters))

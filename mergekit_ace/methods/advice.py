@@ -1,74 +1,259 @@
-"""What a user should act on, said once a cause and not once a layer."""
+"""The one rulebook: what a person should know of a merge, and what to change, by method, settings and cause.
+
+A rule looks at one merged matrix. `mergekit-yaml` logs the first matrix of a merge that a rule applies to;
+`mergekit-ace inspect` counts them and shows the one that it applies to most.
+"""
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from mergekit_ace.linalg.precision import squared_norm
-from mergekit_ace.matrix.merge import MatrixMerge
+from mergekit_ace.matrix.merge import MergeFacts
+from mergekit_ace.matrix.options import Gate
 
-LOG = logging.getLogger("mergekit_ace")
+LARGE_CHANGE = 0.2
+"""Share of a weight's norm. Models whose layers a merge changed by more lost accuracy; updates add up where small."""
+LARGE_RIDGE = 10.0
+"""Times the mean eigenvalue of what is regularized: the result then is an average but for a few percent."""
+LARGE_REFINEMENT = 3.0
+"""Norm of what spectral refinement adds, over that of the largest update."""
+LOST_DIGITS = 0.1
+"""Condition number times the unit of rounding: a solve keeps about one digit."""
+DOMINANT = 0.8
+"""Share of the updates' energy above which one expert decides a solve without trace normalization."""
+SHORT = 0.5
+"""Norm of the merged update over that of the experts' plain average."""
+MOSTLY = 0.5
+"""Share of the plain average in a result."""
 
-# The ridge is so many times the mean eigenvalue of what it regularizes: an average but for a few percent.
-_DROWNED = 10.0
-# The refinement alone is this many times as long as the longest of the experts' updates.
-_DOMINATES = 3.0
-LARGE = 0.2
-"""The merge changes a weight by this share of its norm: what the experts learned adds up only where changes are small,
-and models whose layers changed by more lost accuracy (README)."""
+_UNITS = {"float32": 2**-23, "float64": 2**-52}
 
 
-def causes(layer: MatrixMerge, longest_update: float, *, weight_norm: float, scale: float) -> Iterator[tuple[str, str]]:
-    """What is wrong with a layer's merge, as (cause, message without the layer's name).
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What the rules look at: one matrix that two experts or more changed, and its merge.
 
-    Args:
-        layer: the merge.
-        longest_update: largest `||D_t||_F` of its experts.
-        weight_norm: `||.||_F` of the base's weight.
-        scale: `lambda`.
+    Attributes:
+        name: of the tensor.
+        method: the `merge_method`.
+        settings: the method's parameters in force, presets resolved.
+        facts: what the merge recorded of itself.
+        gate: by which heterogeneous matrices are told; None where there is none.
+        experts: those with information, in the order of the recipe.
+        energies: `||D_t||_F^2` of each.
+        heterogeneity: scale-free, `Var(log ||D_t||_F^2)`.
+        dtype: in which the merge works, `float32` or `float64`.
+        relative_change: `||W||_F` of the merged update, `lambda` included, over the norm of the base's weight; None
+            where that is zero.
+        relative_to_mean: `||W||_F` over the norm of the experts' weighted mean; None where that is zero.
     """
-    change = abs(scale) * squared_norm(layer.task_vector) ** 0.5
-    if 0 < LARGE * weight_norm < change:
-        yield (
-            "large",
-            f"the merge changes it by {change / weight_norm:.0%} of its norm, and updates this large do not add up. "
-            "Set a smaller lambda, or length_bound: true with ace",
-        )
-    # An estimated ridge is large where the second moments themselves say nothing.
-    if layer.ridge is not None and layer.ridge_is_fixed and layer.ridge > _DROWNED:
-        yield (
-            "ridge",
-            f"epsilon is {layer.ridge:.2g} times the mean eigenvalue of the second moments and drowns them: the layer "
-            "is all but averaged. Set epsilon: auto, or a smaller one",
-        )
-    if layer.averaged == 1:
-        yield (
-            "correlation",
-            f"the experts' second moments correlate by {layer.correlation:.2g} only and say nothing of the inputs, as "
-            "with adapters whose input matrix is their random start; the layer is averaged. "
-            "Set correlation_threshold: 0 to merge it by them all the same",
-        )
-    if layer.refinement is not None and layer.refinement.norm > _DOMINATES * longest_update:
-        yield (
-            "refinement",
-            f"spectral refinement adds {layer.refinement.norm / longest_update:.2g} times the longest expert's update. "
-            "Raise heterogeneity_threshold or set spectral_fraction: 0",
-        )
+
+    name: str
+    method: str
+    settings: Mapping[str, Any]
+    facts: MergeFacts
+    gate: Gate | None
+    experts: Sequence[str]
+    energies: Sequence[float]
+    heterogeneity: float
+    dtype: str
+    relative_change: float | None
+    relative_to_mean: float | None
 
 
-class OnceEach:
-    """Logs the first message of each cause; thread-safe, one for each merge method."""
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One cause of trouble.
 
-    def __init__(self) -> None:
-        self._said: set[str] = set()
-        self._lock = threading.Lock()
+    Attributes:
+        cause: its name.
+        extent: how far it applies to a matrix; None: it does not.
+        what: a clause with the numbers of one matrix, without its name.
+        remedy: what to change in the recipe.
+        least: share of the merged matrices that it must apply to before it is worth telling; a log, which sees one
+            matrix after the other, leaves out rules that have one.
+    """
 
-    def warn(self, cause: str, message: str) -> None:
-        """Warn, unless a message of the same cause was logged before."""
-        with self._lock:
-            if cause in self._said:
-                return
-            self._said.add(cause)
-        LOG.warning("%s. Said once; -v shows every layer.", message)
+    cause: str
+    extent: Callable[[Evidence], float | None]
+    what: Callable[[Evidence], str]
+    remedy: Callable[[Evidence], str]
+    least: float = 0.0
+
+
+def log_messages(evidence: Evidence) -> Iterator[tuple[str, str]]:
+    """What a log should hold of a merged matrix: cause and message."""
+    for rule in RULES:
+        if not rule.least and rule.extent(evidence) is not None:
+            yield rule.cause, f"{evidence.name}: {rule.what(evidence)}. {rule.remedy(evidence)}"
+
+
+def table_merged_as_matrix(method: str) -> tuple[str, str]:
+    """What is wrong with `embeddings: METHOD`, and the remedy."""
+    return (
+        f"embeddings: {method} merges an embedding table or output head as if it were a linear map on shared inputs; "
+        "the authors leave such tables out",
+        "Leave embeddings at average, or set it to base.",
+    )
+
+
+def _change(e: Evidence) -> float | None:
+    return _above(e.relative_change, LARGE_CHANGE)
+
+
+def _change_what(e: Evidence) -> str:
+    return (
+        f"the merge changes the weight by {e.relative_change:.0%} of its norm, more than {LARGE_CHANGE:.0%}: updates "
+        "that large do not add up"
+    )
+
+
+def _change_remedy(e: Evidence) -> str:
+    if e.settings.get("length_bound", True) is True:  # no such parameter, or set already
+        return "Set lambda nearer to 0."
+    return "Set length_bound: true, or lambda nearer to 0."
+
+
+def _ridge(e: Evidence) -> float | None:
+    return _above(e.facts.ridge, LARGE_RIDGE) if e.facts.ridge_is_fixed else None
+
+
+def _ridge_what(e: Evidence) -> str:
+    ridge = e.facts.ridge
+    assert ridge is not None
+    if math.isinf(ridge):
+        return f"the second moments are zero, so that epsilon ({e.settings['epsilon']:g}) is all that the solve sees"
+    return (
+        f"the ridge (epsilon: {e.settings['epsilon']:g}) is {ridge:.3g} times the mean eigenvalue of the second "
+        "moments: the result is close to an average"
+    )
+
+
+def _ridge_remedy(e: Evidence) -> str:
+    return "Set epsilon: auto, or a smaller number."
+
+
+def _average(e: Evidence) -> float | None:
+    return _above(e.facts.averaged, MOSTLY)
+
+
+def _average_what(e: Evidence) -> str:
+    share = "" if e.facts.averaged == 1 else f"{e.facts.averaged:.0%} "
+    return (
+        f"the updates are of low rank and their second moments correlate by {e.facts.correlation:.2g} only, as those "
+        f"of adapters with independent random A matrices do: the result is {share}the plain average"
+    )
+
+
+def _average_remedy(e: Evidence) -> str:
+    return "Set correlation_threshold: 0 to merge such matrices by their second moments all the same."
+
+
+def _refinement(e: Evidence) -> float | None:
+    largest = max(e.energies, default=0.0) ** 0.5
+    norm = e.facts.refinement_norm
+    return None if norm is None or not largest else _above(norm / largest, LARGE_REFINEMENT)
+
+
+def _refinement_what(e: Evidence) -> str:
+    return f"spectral refinement adds {_refinement(e):.2g} times the norm of the largest update"
+
+
+def _refinement_remedy(e: Evidence) -> str:
+    gate = ", or raise heterogeneity_threshold" if e.gate is not None else ""
+    return f"Set spectral_fraction: 0{gate}."
+
+
+def _condition(e: Evidence) -> float | None:
+    condition = e.facts.condition
+    return None if condition is None else _above(condition * _UNITS[e.dtype], LOST_DIGITS)
+
+
+def _condition_what(e: Evidence) -> str:
+    return (
+        f"the system has condition number {e.facts.condition:.1e}: a {e.dtype} solve keeps about one correct digit in "
+        "its weakest directions"
+    )
+
+
+def _condition_remedy(e: Evidence) -> str:
+    if e.facts.ridge_is_fixed:
+        return "Raise epsilon, or set epsilon: auto."
+    return "Set dtype: float64." if e.dtype == "float32" else "Set matrices: average for this tensor, by a filter."
+
+
+def _dominant(e: Evidence) -> float | None:
+    decision = e.facts.decision
+    if decision is None or decision.trace_normalized or len(e.energies) < 2:
+        return None
+    return _above(max(e.energies) / sum(e.energies), DOMINANT)
+
+
+def _dominant_what(e: Evidence) -> str:
+    expert = e.experts[e.energies.index(max(e.energies))]
+    return (
+        f"{expert} has {_dominant(e):.0%} of the updates' energy, and second moments are not divided by their traces: "
+        "the result follows that expert"
+    )
+
+
+def _dominant_remedy(e: Evidence) -> str:
+    normalized = "lower heterogeneity_threshold" if e.gate is not None else "take wudi, which divides by the traces"
+    return f"Give that expert a smaller weight, or {normalized}."
+
+
+def _gate(e: Evidence) -> float | None:
+    decision, gate = e.facts.decision, e.gate
+    if decision is None or gate is None or gate.statistic != "published" or not decision.heterogeneous:
+        return None
+    # The other statistic must decide otherwise, or the remedy would change nothing.
+    return decision.heterogeneity if e.heterogeneity <= gate.threshold else None
+
+
+def _gate_what(e: Evidence) -> str:
+    assert e.facts.decision is not None
+    assert e.gate is not None
+    found = e.facts.decision.heterogeneity
+    value = "infinite" if math.isinf(found) else f"{found:.3g}"
+    return (
+        f"heterogeneity: published is {value}, above the threshold {e.gate.threshold:g}, though the updates are of "
+        f"like norm (scale-free: {e.heterogeneity:.2g}): it divides by the mean of log ||D||^2, which is near 0 here"
+    )
+
+
+def _gate_remedy(e: Evidence) -> str:
+    return "Set heterogeneity: scale_free."
+
+
+def _short(e: Evidence) -> float | None:
+    ratio = e.relative_to_mean
+    return None if ratio is None or ratio >= SHORT else -ratio
+
+
+def _short_what(e: Evidence) -> str:
+    return f"the merged update has {e.relative_to_mean:.2g} times the norm of the experts' plain average"
+
+
+def _short_remedy(e: Evidence) -> str:
+    if e.settings.get("mean_over") == "all":
+        return "Set mean_over: existing, or raise lambda."
+    return "Raise lambda."
+
+
+def _above(value: float | None, threshold: float) -> float | None:
+    return value if value is not None and value > threshold else None
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(cause="change", extent=_change, what=_change_what, remedy=_change_remedy),
+    Rule(cause="ridge", extent=_ridge, what=_ridge_what, remedy=_ridge_remedy),
+    Rule(cause="average", extent=_average, what=_average_what, remedy=_average_remedy),
+    Rule(cause="refinement", extent=_refinement, what=_refinement_what, remedy=_refinement_remedy),
+    Rule(cause="condition", extent=_condition, what=_condition_what, remedy=_condition_remedy),
+    Rule(cause="dominant", extent=_dominant, what=_dominant_what, remedy=_dominant_remedy, least=0.5),
+    Rule(cause="gate", extent=_gate, what=_gate_what, remedy=_gate_remedy),
+    Rule(cause="short", extent=_short, what=_short_what, remedy=_short_remedy),
+)

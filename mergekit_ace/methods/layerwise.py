@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,16 +21,19 @@ from torch import Tensor
 from mergekit_ace.linalg.blocks import blocks
 from mergekit_ace.linalg.precision import all_finite, squared_norm
 from mergekit_ace.matrix.averaging import mean_task_vector
+from mergekit_ace.matrix.decision import heterogeneity
 from mergekit_ace.matrix.diagnostics import diagnostics
 from mergekit_ace.matrix.expert import Expert, require_finite_base
 from mergekit_ace.matrix.merge import MatrixMerge
+from mergekit_ace.matrix.options import Gate
 from mergekit_ace.matrix.task_vectors import TaskVectors
-from mergekit_ace.methods.advice import OnceEach, causes
+from mergekit_ace.methods.advice import Evidence, log_messages, table_merged_as_matrix
 from mergekit_ace.methods.device_failures import named, on_device_or_cpu
 from mergekit_ace.methods.matrices import Matrix, inputs_last, matrices, weighted_experts
 from mergekit_ace.methods.measured_moments import with_measured_moments
 from mergekit_ace.methods.parameters import LAMBDA, RecipeParameter, common_parameters
 from mergekit_ace.methods.quantized_inputs import require_unquantized_models, require_unquantized_tensors
+from mergekit_ace.methods.warnings import MergeWarnings
 from mergekit_ace.policy import Choice, Treatment, is_embedding, treatment
 from mergekit_ace.printable import printable
 
@@ -52,7 +55,7 @@ class LayerwiseMethod(GroupMergeMethod):
     lambda_parameter: RecipeParameter = LAMBDA
 
     def __init__(self) -> None:
-        self._once = OnceEach()
+        self._warnings = MergeWarnings()
         self.spec = MergeMethodSpec(
             name=self.name,
             pretty_name=self.pretty_name,
@@ -74,6 +77,7 @@ class LayerwiseMethod(GroupMergeMethod):
         Raises:
             ValueError: no base, too few experts, or a model that is quantized.
         """
+        self._warnings.inputs_checked(group_name)
         super().validate_inputs(input_ids, base_id, group_name=group_name)
         require_unquantized_models(input_ids)
 
@@ -99,6 +103,43 @@ class LayerwiseMethod(GroupMergeMethod):
         """What the merged task vector is multiplied by: `lambda`, unless the method has another use for it."""
         return float(parameters["lambda"])
 
+    def settings(self, parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The parameters in force that bear on a matrix, by name: the method's own and `lambda`."""
+        return {item.name: parameters[item.name] for item in (*self.own_parameters, self.lambda_parameter)}
+
+    def gate(self, parameters: Mapping[str, Any]) -> Gate | None:
+        """By what the method tells heterogeneous matrices; None where it treats all alike."""
+        return None
+
+    def matrices(
+        self,
+        treated: Treatment,
+        name: str,
+        base: Tensor,
+        experts: Sequence[Expert],
+        parameters: Mapping[str, Any],
+        warn: Callable[[str, str], None] = lambda cause, message: None,
+    ) -> Iterator[Matrix]:
+        """Every matrix of a tensor that is treated as a matrix or a stack, with the second moments that were measured.
+
+        Args:
+            treated: as `matrix` or `stack`.
+            name: of the tensor.
+            base: of two or three dimensions, as stored.
+            experts: of its shape.
+            parameters: resolved.
+            warn: takes a cause and a message.
+        """
+        if treated.kind == "matrix":
+            experts = with_measured_moments(name, base, experts, parameters, warn)
+        return matrices(name, base, experts, parameters)
+
+    def merge(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
+        """Merge the task vectors of one matrix, before `scale`: of at least one expert."""
+        if len(task_vectors) == 1:
+            return MatrixMerge(task_vector=task_vectors.task_vector(0))
+        return self.merge_matrix(task_vectors, parameters)
+
     @torch.no_grad()
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
         """Merge one tensor; called by mergekit. The result is in no autograd graph, should the inputs be in one.
@@ -118,8 +159,9 @@ class LayerwiseMethod(GroupMergeMethod):
         experts = weighted_experts(group, parameters)
         started = time.perf_counter()
         treated = self.treat(name, base.shape, group.metadata.vocabulary_axis, parameters)
+        self._warnings.merging(group.metadata.name)
         if treated.kind == "matrix" and is_embedding(name, group.metadata.vocabulary_axis):
-            self._once.warn("embeddings", f"{name}: embeddings: {self.name} merges a table as if it were a linear map")
+            self._warnings.warn("embeddings", "{}: {}. {}".format(name, *table_merged_as_matrix(self.name)))
         with named(name, base), diagnostics(LOG.isEnabledFor(logging.INFO)):
             merged, notes = self._merge(treated, base, experts, parameters, name)
             finite = treated.kind == "buffer" or all_finite(merged)
@@ -163,14 +205,12 @@ class LayerwiseMethod(GroupMergeMethod):
             return base.clone(), ""
         if treated.kind == "average":
             everything = Matrix(name=name, place=(), base=base, experts=tuple(experts))
-            return on_device_or_cpu(lambda tensors: self._average(tensors, parameters), everything, self._once.warn)
+            return on_device_or_cpu(lambda tensors: self._average(tensors, parameters), everything, self._warnings.warn)
 
         def merge_one(matrix: Matrix) -> tuple[Tensor, str]:
-            return on_device_or_cpu(lambda moved: self._merge_one(moved, parameters), matrix, self._once.warn)
+            return on_device_or_cpu(lambda moved: self._merge_one(moved, parameters), matrix, self._warnings.warn)
 
-        if treated.kind == "matrix":
-            experts = with_measured_moments(name, base, experts, parameters, self._once.warn)
-        parts = matrices(name, base, experts, parameters)
+        parts = self.matrices(treated, name, base, experts, parameters, self._warnings.warn)
         if treated.kind == "matrix":
             weight, notes = merge_one(next(parts))
             return inputs_last(weight, parameters), notes
@@ -191,11 +231,28 @@ class LayerwiseMethod(GroupMergeMethod):
         if len(task_vectors) == 1:
             weight = _sole(matrix.base, task_vectors, self.scale(parameters))
             return weight, f"only {task_vectors.experts[0].name} changed it"
-        layer = self.merge_matrix(task_vectors, parameters)
-        scale, norm = self.scale(parameters), squared_norm(matrix.base) ** 0.5
-        for cause, message in causes(layer, max(task_vectors.energies) ** 0.5, weight_norm=norm, scale=scale):
-            self._once.warn(cause, f"{matrix.name}: {message}")
-        return _apply(matrix.base, layer.task_vector, scale), layer.describe()
+        merge = self.merge(task_vectors, parameters)
+        for cause, message in log_messages(self.evidence(task_vectors, merge, parameters)):
+            self._warnings.warn(cause, message)
+        return _apply(matrix.base, merge.task_vector, self.scale(parameters)), merge.describe()
+
+    def evidence(self, task_vectors: TaskVectors, merge: MatrixMerge, parameters: Mapping[str, Any]) -> Evidence:
+        """What the rulebook looks at, of a matrix that two experts or more changed."""
+        norm = abs(self.scale(parameters)) * squared_norm(merge.task_vector) ** 0.5
+        mean = task_vectors.energy_of_mean**0.5
+        return Evidence(
+            name=task_vectors.name,
+            method=self.name,
+            settings=self.settings(parameters),
+            facts=merge.facts(),
+            gate=self.gate(parameters),
+            experts=[expert.name for expert in task_vectors.experts],
+            energies=task_vectors.energies,
+            heterogeneity=heterogeneity(task_vectors.energies, "scale_free"),
+            dtype=str(task_vectors.dtype).removeprefix("torch."),
+            relative_change=norm / task_vectors.base_norm if task_vectors.base_norm else None,
+            relative_to_mean=norm / mean if mean else None,
+        )
 
 
 def _apply(base: Tensor, task_vector: Tensor, scale: float) -> Tensor:

@@ -1,8 +1,8 @@
-"""What a merge will do, before it is done: measure, summarize, write. Dataclasses in, dataclasses out.
+"""What a merge will do, before it is done: measure, summarize, write. Records in, records out.
 
-One direction: model, naming, wording -> spectrum, interference -> measure -> inspection -> summary, advice -> plots ->
-as_json, as_csv, as_html, as_png, terminal. The public names below are imported when first asked for, so that measuring
-needs neither matplotlib nor rich.
+One direction: model, naming, wording, sampling -> interference, spectrum -> measure -> inspection -> summary, advice ->
+plots -> as_json, as_csv, as_html, as_png, terminal. The public names below are imported when first asked for, so that
+measuring does not import matplotlib.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib
 # Public name -> the module that holds it.
 _PUBLIC = {
     "Report": "model",
-    "LayerReport": "model",
+    "TensorReport": "model",
     "ExpertReport": "model",
     "inspect_recipe": "inspection",
     "inspect_tensors": "inspection",

@@ -1,156 +1,119 @@
-"""What in a report a person should act on."""
+"""What in a report a person should act on: the rulebook of the methods applied to it, and what only a report shows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from statistics import median
+from collections.abc import Callable, Iterator
 
-from mergekit_ace.methods.advice import LARGE
+from mergekit_ace.methods.advice import RULES, Evidence, Rule, table_merged_as_matrix
+from mergekit_ace.policy import is_embedding
 from mergekit_ace.recipe.findings import Finding, by_severity
-from mergekit_ace.report.model import LayerReport, Report
+from mergekit_ace.report.model import Report, TensorReport
 from mergekit_ace.report.naming import short_names
-from mergekit_ace.report.summary import SOLVED, compared_layers
+from mergekit_ace.report.summary import compared, summarize
+from mergekit_ace.report.wording import number
 
-DROWNED = 1.0
-"""A relative ridge above this: the solve follows the ridge more than the second moments."""
-ILL_CONDITIONED = 1e6
-"""A condition number above this leaves a float32 solve about one correct digit."""
-DOMINANT = 0.8
-"""Share of the trace above which one expert decides a layer."""
-SIMILAR_NORMS = 0.5
-"""Scale-free heterogeneity below this: the experts' norms differ by a factor of two at most, for two experts."""
-SHRUNKEN = 0.25
-"""Norm of the merged update over the experts' below which little of any is left."""
+LOST = 1.0
+"""Mean loss above which an expert loses by the merge: the base is nearer to it."""
 
 
 def advise(report: Report) -> tuple[Finding, ...]:
-    """Every rule's findings, the gravest first."""
-    return by_severity(finding for rule in _RULES for finding in rule(report))
+    """Every finding, errors first."""
+    return by_severity(finding for rule in _OF_REPORTS for finding in rule(report))
 
 
 def _failures(report: Report) -> Iterator[Finding]:
-    for layer in report.layers:
-        if layer.error is not None:
+    for tensor in report.tensors:
+        if tensor.error is not None:
             yield Finding(
                 level="error",
-                what=f"{layer.name} cannot be merged: {layer.error}",
-                remedy="Repair or replace that checkpoint; the merge would stop here.",
+                what=f"{tensor.name} cannot be merged: {tensor.error}",
+                remedy="Repair or replace that checkpoint; the merge stops there.",
             )
 
 
-def _absent(report: Report) -> Iterator[Finding]:
-    if not report.complete or any(layer.branch == "failed" for layer in report.layers):
+def _without_effect(report: Report) -> Iterator[Finding]:
+    if not report.complete or report.base is None or any(t.treatment == "failed" for t in report.tensors):
         return
-    changed = {expert.expert for layer in report.layers for expert in layer.experts}
-    unweighted = {out.expert for layer in report.layers for out in layer.left_out if out.reason == "weight 0"}
-    for expert in report.experts:
-        if expert not in changed | unweighted and report.base is not None:
-            yield Finding(
-                level="error",
-                what=f"{expert} equals the base in every tensor, so it adds nothing",
-                remedy="Check its path: it may be the base itself, or an adapter that was never trained.",
-            )
-
-
-def _drowned(report: Report) -> Iterator[Finding]:
-    layers = _solved(report)
-    drowned = [layer for layer in layers if layer.ridge is not None and layer.ridge > DROWNED]
-    if drowned:
-        worst = max(drowned, key=lambda layer: layer.ridge or 0.0)
-        yield Finding(
-            level="warning",
-            what=f"the ridge outweighs the second moments in {_of(drowned, layers)}; most in {worst.name}, where it is "
-            f"{worst.ridge:.3g} times the mean eigenvalue: those layers are close to a plain average",
-            remedy="Lower epsilon, or set epsilon: auto.",
-        )
-
-
-def _ill_conditioned(report: Report) -> Iterator[Finding]:
-    layers = _solved(report)
-    bad = [layer for layer in layers if layer.condition is not None and layer.condition > ILL_CONDITIONED]
-    if bad:
-        worst = max(bad, key=lambda layer: layer.condition or 0.0)
-        yield Finding(
-            level="warning",
-            what=f"the system is ill-conditioned in {_of(bad, layers)}; most in {worst.name}, with condition number "
-            f"{worst.condition:.1e}: rounding and noise are amplified there",
-            remedy="Raise epsilon, or set epsilon: auto.",
-        )
-
-
-def _dominated(report: Report) -> Iterator[Finding]:
-    layers = compared_layers(report)
-    short = short_names(report.experts)
+    changed = {expert.expert for tensor in report.tensors for expert in tensor.experts}
+    left_out = [out for tensor in report.tensors for out in tensor.left_out]
+    partly = report.selection is not None
     for name in report.experts:
-        shares = [e.trace_share for layer in layers for e in layer.experts if e.expert == name]
-        if len(shares) * 2 > len(layers) and median(shares) > DOMINANT:
-            yield Finding(
-                level="warning",
-                what=f"{short[name]} holds {median(shares):.0%} of the trace in the middle layer: where second moments "
-                "are not trace-normalized, the merge is hardly more than this expert",
-                remedy=f"Give {short[name]} a smaller weight, or lower heterogeneity_threshold.",
-            )
-
-
-def _unreliable_gate(report: Report) -> Iterator[Finding]:
-    layers = _solved(report)
-    opened = [
-        layer
-        for layer in layers
-        if layer.branch == "heterogeneous"
-        and layer.gate is not None
-        and layer.gate.statistic == "published"
-        and layer.gate.threshold > 0
-        and (layer.heterogeneity_scale_free or 0.0) < SIMILAR_NORMS
-    ]
-    if opened:
+        reasons = [out.reason for out in left_out if out.expert == name]
+        if name in changed or "weight 0" in reasons:
+            continue
+        rounding = any("rounding" in reason for reason in reasons)
+        difference = "differs from the base by rounding only" if rounding else "equals the base"
         yield Finding(
-            level="warning",
-            what=f"{_of(opened, layers)} count as heterogeneous though the experts' updates are of similar size: the "
-            "published statistic divides by the mean of the log norms, which is near 0 there",
-            remedy="Set heterogeneity: scale_free.",
+            level="warning" if partly else "error",
+            what=f"{name} {difference} in every tensor" + (" that was measured" if partly else ", so it adds nothing"),
+            remedy="Check its path: it may be the base itself, or an adapter that was never trained.",
         )
 
 
-def _norms(report: Report) -> Iterator[Finding]:
-    layers = [layer for layer in _solved(report) if layer.merged is not None]
-    large = [layer for layer in layers if _change(layer) > LARGE]
-    shrunken = [layer for layer in layers if layer.merged is not None and layer.merged.relative_norm < SHRUNKEN]
-    if large:
-        worst = max(large, key=_change)
+def _of_matrices(report: Report) -> Iterator[Finding]:
+    short = short_names(report.experts)
+    merged = [_evidence(tensor, report, short) for tensor in compared(report) if tensor.merge is not None]
+    for rule in RULES:
+        extents = [(extent, e) for e in merged if (extent := rule.extent(e)) is not None]
+        if extents and len(extents) > rule.least * len(merged):
+            yield _finding(rule, max(extents, key=lambda pair: pair[0])[1], len(extents), len(merged))
+
+
+def _finding(rule: Rule, worst: Evidence, count: int, of: int) -> Finding:
+    others = f" ({count} of {of} merged matrices, this one most)" if count > 1 else f" (1 of {of} merged matrices)"
+    return Finding(level="warning", what=f"{worst.name}: {rule.what(worst)}{others}", remedy=rule.remedy(worst))
+
+
+def _tables(report: Report) -> Iterator[Finding]:
+    tables = [tensor for tensor in compared(report) if tensor.merge is not None and is_embedding(tensor.name, None)]
+    if tables:
+        what, remedy = table_merged_as_matrix(report.method)
+        yield Finding(level="warning", what=f"{tables[0].name}: {what}", remedy=remedy)
+
+
+def _lost_experts(report: Report) -> Iterator[Finding]:
+    short = short_names(report.experts)
+    losses = {short[e.expert]: e.loss for e in summarize(report).experts if e.loss is not None}
+    lost = {name: loss for name, loss in losses.items() if loss > LOST}
+    if lost and len(lost) == len(losses):
         yield Finding(
             level="warning",
-            what=f"the merge changes the weights by more than {LARGE:.0%} of their norm in {_of(large, layers)}; most "
-            f"in {worst.name}, by {_change(worst):.0%}: updates this large do not add up",
-            remedy="Set length_bound: true, or lambda below 1.",
+            what=f"every expert has a mean loss above 1 (the smallest is {number(min(lost.values()))}): under the "
+            "experts' own second moments the merged model is farther from them than the base",
+            remedy="Set lambda nearer to 0.",
         )
-    if shrunken:
+        return
+    for name, loss in lost.items():
         yield Finding(
             level="warning",
-            what=f"the merged update is less than {SHRUNKEN:g} times as large as the experts' in "
-            f"{_of(shrunken, layers)}: little of any expert is left there",
-            remedy="Raise lambda, or lower epsilon.",
+            what=f"{name} has a mean loss of {number(loss)}: under its own second moments the merged model is farther "
+            "from it than the base",
+            remedy=f"Give {name} a larger weight, or leave it out.",
         )
 
 
-_RULES: tuple[Callable[[Report], Iterator[Finding]], ...] = (
+_OF_REPORTS: tuple[Callable[[Report], Iterator[Finding]], ...] = (
     _failures,
-    _absent,
-    _drowned,
-    _ill_conditioned,
-    _dominated,
-    _unreliable_gate,
-    _norms,
+    _without_effect,
+    _of_matrices,
+    _tables,
+    _lost_experts,
 )
 
 
-def _change(layer: LayerReport) -> float:
-    return (layer.merged.relative_change if layer.merged else None) or 0.0
-
-
-def _solved(report: Report) -> list[LayerReport]:
-    return [layer for layer in report.layers if layer.branch in SOLVED]
-
-
-def _of(some: Sequence[LayerReport], layers: Sequence[LayerReport]) -> str:
-    return f"{len(some)} of {len(layers)} solved layers"
+def _evidence(tensor: TensorReport, report: Report, short: dict[str, str]) -> Evidence:
+    assert tensor.merge is not None
+    assert tensor.merged is not None
+    return Evidence(
+        name=tensor.name,
+        method=report.method,
+        settings=tensor.parameters,
+        facts=tensor.merge,
+        gate=tensor.gate,
+        experts=[short[expert.expert] for expert in tensor.experts],
+        energies=[expert.norm**2 for expert in tensor.experts],
+        heterogeneity=tensor.heterogeneity or 0.0,
+        dtype=tensor.dtype or "float32",
+        relative_change=tensor.merged.relative_change,
+        relative_to_mean=tensor.merged.relative_to_mean,
+    )

@@ -1,16 +1,20 @@
-"""A report as a table: one row a layer, three columns an expert."""
+"""A report as a table: one row a tensor, three columns an expert."""
 
 from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from mergekit_ace.report.model import LayerReport, Report
+from mergekit_ace.report.model import Report, TensorReport
 from mergekit_ace.report.naming import short_names
+from mergekit_ace.report.wording import label
 
 _Cell = str | int | float | None
-_PER_EXPERT = ("norm", "trace_share", "loss")
+_PER_EXPERT = ("norm", "energy_share", "loss")
+_NESTED = ("experts", "left_out", "interference", "parameters", "merge", "merged", "gate")
 # A spreadsheet takes text that begins so for a formula, and names come from checkpoints.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -18,15 +22,17 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 def to_csv(report: Report) -> str:
     """The table, with a header; what was not measured is empty."""
     short = short_names(report.experts)
+    per_expert = [(name, field) for field in _PER_EXPERT for name in report.experts]
+    rows = [dict(_cells(tensor)) for tensor in report.tensors]
+    # What a merge records of itself depends on the method: the columns are those that occur.
+    columns = list(dict.fromkeys([*dict(_plain_cells(_EMPTY)), *(column for row in rows for column in row)]))
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    per_expert = [(name, field) for field in _PER_EXPERT for name in report.experts]
-    columns = list(_layer_cells(_EMPTY)) + [f"{field} {short[name]}" for name, field in per_expert]
-    writer.writerow([_text(column) for column in columns])
-    for layer in report.layers:
-        experts = {expert.expert: expert for expert in layer.experts}
+    writer.writerow([_text(c) for c in [*columns, *(f"{field} {short[name]}" for name, field in per_expert)]])
+    for tensor, row in zip(report.tensors, rows, strict=True):
+        experts = {expert.expert: expert for expert in tensor.experts}
         cells = [
-            *_layer_cells(layer).values(),
+            *(row.get(column) for column in columns),
             *(getattr(experts.get(name), field, None) for name, field in per_expert),
         ]
         writer.writerow([_text(cell) if isinstance(cell, str) else cell for cell in cells])
@@ -38,39 +44,35 @@ def write_csv(report: Report, file: Path) -> None:
     file.write_text(to_csv(report), encoding="utf-8", newline="")
 
 
-_EMPTY = LayerReport(name="", depth=None, kind="", shape=(), branch="base", reason="")
+_EMPTY = TensorReport(name="", depth=None, kind="", shape=(), treatment="base", reason="")
 
 
-def _layer_cells(layer: LayerReport) -> dict[str, _Cell]:
-    merged = layer.merged
-    return {
-        "name": layer.name,
-        "depth": layer.depth,
-        "kind": layer.kind,
-        "shape": "x".join(map(str, layer.shape)),
-        "branch": layer.branch,
-        "reason": layer.reason,
-        "experts": len(layer.experts),
-        "left_out": len(layer.left_out),
-        "heterogeneity": layer.heterogeneity,
-        "heterogeneity_scale_free": layer.heterogeneity_scale_free,
-        "threshold": layer.gate.threshold if layer.gate else None,
-        "ridge": layer.ridge,
-        "condition": layer.condition,
-        "refined_directions": layer.refined_directions,
-        "effective_experts": layer.effective_experts,
-        "shortening": layer.shortening,
-        "retention": layer.retention,
-        "low_rank": layer.low_rank,
-        "correlation": layer.correlation,
-        "merged_norm": merged.norm if merged else None,
-        "merged_relative_norm": merged.relative_norm if merged else None,
-        "merged_relative_change": merged.relative_change if merged else None,
-        "top_energy_before": merged.top_energy_before if merged else None,
-        "top_energy": merged.top_energy if merged else None,
-        "seconds": round(layer.seconds, 4),
-        "error": layer.error,
-    }
+def _cells(tensor: TensorReport) -> Iterator[tuple[str, _Cell]]:
+    yield from _plain_cells(tensor)
+    document = tensor.model_dump(include={"gate", "merge", "merged"})
+    for part in ("gate", "merge", "merged"):
+        yield from _numbers(part, document[part] or {})
+
+
+def _plain_cells(tensor: TensorReport) -> Iterator[tuple[str, _Cell]]:
+    for name in TensorReport.model_fields:
+        if name == "shape":
+            yield name, "x".join(map(str, tensor.shape))
+        elif name == "treatment":
+            yield name, label(tensor)
+        elif name == "seconds":
+            yield name, round(tensor.seconds, 4)
+        elif name not in _NESTED:
+            yield name, getattr(tensor, name)
+
+
+def _numbers(prefix: str, document: Mapping[str, Any]) -> Iterator[tuple[str, _Cell]]:
+    """The numbers and words of nested records, each under its path; spectra are left to the JSON."""
+    for name, value in document.items():
+        if isinstance(value, Mapping) and not name.startswith("spectrum"):
+            yield from _numbers(f"{prefix}.{name}", value)
+        elif isinstance(value, bool | int | float | str):
+            yield f"{prefix}.{name}", value
 
 
 def _text(cell: str) -> str:

@@ -1,21 +1,18 @@
-"""A report as JSON, there and back, and the schema of it."""
+"""A report as JSON, there and back."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from mergekit_ace.report.model import SCHEMA_VERSION, Report
-
-_ADAPTER = TypeAdapter(Report)
 
 
 def to_json(report: Report) -> str:
     """The report as JSON; an infinite number is the string `Infinity`, what was not measured is null."""
-    return _ADAPTER.dump_json(report, indent=1).decode()
+    return report.model_dump_json(indent=1)
 
 
 def from_json(text: str) -> Report:
@@ -29,14 +26,9 @@ def from_json(text: str) -> Report:
     if version != SCHEMA_VERSION:
         raise ValueError(f"schema_version must be {SCHEMA_VERSION}; got {version!r}")
     try:
-        return _ADAPTER.validate_json(text)
+        return Report.model_validate_json(text)
     except ValidationError as error:
         raise ValueError(f"the JSON must be a report of mergekit-ace; {error}") from error
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a report."""
-    return _ADAPTER.json_schema(mode="serialization")
 
 
 def write_json(report: Report, file: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,21 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_ace import __version__
+from mergekit_ace.linalg.precision import working_dtype
 from mergekit_ace.matrix.diagnostics import diagnostics
 from mergekit_ace.matrix.expert import Expert, require_finite_base
-from mergekit_ace.matrix.merge import MatrixMerge
-from mergekit_ace.matrix.options import CovarianceOptions
 from mergekit_ace.matrix.task_vectors import TaskVectors
-from mergekit_ace.methods.ace import Ace
 from mergekit_ace.methods.layerwise import LayerwiseMethod
-from mergekit_ace.methods.matrices import matrices, weighted_experts
-from mergekit_ace.methods.measured_moments import with_measured_moments
-from mergekit_ace.policy import Treatment
+from mergekit_ace.methods.matrices import weighted_experts
 from mergekit_ace.recipe.failures import READING, message_of
 from mergekit_ace.recipe.plan import Inputs, Plan, PlannedTensor, planned
 from mergekit_ace.recipe.reading import read_recipe
-from mergekit_ace.report.interference import interference
-from mergekit_ace.report.measure import Measured, expert_reports, left_out, measure_merge, measure_norms
-from mergekit_ace.report.model import Branch, LayerReport, Mode, Report
+from mergekit_ace.report.measure import merge_fields, norms
+from mergekit_ace.report.model import Mode, Report, TensorReport
 from mergekit_ace.report.naming import place
+from mergekit_ace.report.sampling import sample
+
+_MOST_SPECTRA = 8
 
 
 def inspect_recipe(recipe: Path, options: MergeOptions | None = None, *, mode: Mode = "full") -> Report:
@@ -38,24 +36,35 @@ def inspect_recipe(recipe: Path, options: MergeOptions | None = None, *, mode: M
     Args:
         recipe: as for `mergekit-yaml`.
         options: of `mergekit-yaml`; its defaults when None.
-        mode: `fast` for norms, traces and heterogeneity; `full` for solves and spectra too.
+        mode: `fast` for norms and heterogeneity; `full` for merges too.
 
     Raises:
         RecipeError: when mergekit cannot read or plan it. A tensor that cannot be read or merged does not raise: its
-            layer says so.
+            report says so.
     """
     with planned(read_recipe(recipe), options or MergeOptions()) as plan:
-        return assemble(plan, inspect_tensors(plan, mode), mode)
+        return assemble(plan, inspect_tensors(plan, plan.tensors, mode), mode)
 
 
-def inspect_tensors(plan: Plan, mode: Mode) -> Iterator[LayerReport]:
-    """Each layer as soon as it is measured, in the order of the model; one tensor of every model is held at a time."""
-    for tensor in plan.tensors:
-        yield from inspect_tensor(plan, tensor, mode)
+def inspect_tensors(
+    plan: Plan, tensors: Sequence[PlannedTensor], mode: Mode, *, spectra: Collection[str] = ()
+) -> Iterator[TensorReport]:
+    """Each tensor's report as soon as it is measured; one tensor of every model is held at a time.
+
+    Args:
+        plan: of the merge.
+        tensors: of it, those to measure.
+        mode: as `inspect_recipe`.
+        spectra: names of the tensors whose singular values are measured.
+    """
+    for tensor in tensors:
+        yield from inspect_tensor(plan, tensor, mode, with_spectra=tensor.name in spectra)
 
 
-def assemble(plan: Plan, layers: Iterable[LayerReport], mode: Mode, *, complete: bool = True) -> Report:
-    """The report of the layers measured so far."""
+def assemble(
+    plan: Plan, tensors: Iterable[TensorReport], mode: Mode, *, selection: str | None = None, complete: bool = True
+) -> Report:
+    """The report of the tensors measured so far."""
     return Report(
         producer=f"mergekit-ace {__version__}",
         recipe=plan.recipe.name,
@@ -65,7 +74,9 @@ def assemble(plan: Plan, layers: Iterable[LayerReport], mode: Mode, *, complete:
         base=str(plan.base) if plan.base else None,
         experts=tuple(str(model) for model in plan.experts),
         note=_note(plan),
-        layers=tuple(layers),
+        planned=len(plan.tensors),
+        selection=selection,
+        tensors=tuple(tensors),
     )
 
 
@@ -78,133 +89,130 @@ def work(tensor: PlannedTensor, mode: Mode) -> int:
         return 1
     if header is None or header.elements == 0:
         return 1
-    solved = mode == "full" and len(header.shape) > 1 and tensor.vocabulary_axis is None
-    return header.elements * (1 + min(header.shape[-2:]) // 8 if solved else 1)
+    return header.elements * (1 + min(header.shape[-2:]) // 8 if mode == "full" and _may_be_merged(tensor) else 1)
 
 
-def inspect_tensor(plan: Plan, tensor: PlannedTensor, mode: Mode) -> Iterator[LayerReport]:
-    """One planned tensor: no layer if no model has it, one for each slice of a stack, else one."""
+def spectra_of_each_type(tensors: Sequence[PlannedTensor]) -> list[PlannedTensor]:
+    """The tensors whose spectra are shown unless others are asked for: the middle one of each type of matrix."""
+    return sample([tensor for tensor in tensors if _may_be_merged(tensor)], 1)[:_MOST_SPECTRA]
+
+
+def _may_be_merged(tensor: PlannedTensor) -> bool:
+    """A matrix, or a stack of them, outside the vocabulary."""
+    try:
+        header = tensor.header(tensor.base or tensor.experts[0])
+    except READING:
+        return False
+    return header is not None and len(header.shape) > 1 and tensor.vocabulary_axis is None
+
+
+def inspect_tensor(
+    plan: Plan, tensor: PlannedTensor, mode: Mode, *, with_spectra: bool = False
+) -> Iterator[TensorReport]:
+    """One planned tensor: no report if no model has it, one for each matrix of a stack, else one."""
     started = time.perf_counter()
     where = place(tensor.name)
-    layer = LayerReport(name=tensor.name, depth=where.depth, kind=where.kind, shape=(), branch="failed", reason="")
+    report = TensorReport(name=tensor.name, depth=where.depth, kind=where.kind, shape=(), treatment="failed", reason="")
     try:
         inputs = tensor.load()
         if inputs is None:
             return
-        layer = replace(layer, shape=tuple(inputs.group.entries[0].tensor.shape))
-        if inputs.is_buffer:
-            yield replace(layer, branch="copied", reason="not floating point", seconds=time.perf_counter() - started)
-            return
-        for measured in _layers(plan, layer, inputs, mode):
-            yield replace(measured, seconds=time.perf_counter() - started)
+        report = _with(report, shape=tuple(inputs.group.entries[0].tensor.shape))
+        for measured in _measured(plan, report, inputs, mode, with_spectra=with_spectra):
+            yield _with(measured, seconds=time.perf_counter() - started)
             started = time.perf_counter()
     except READING as error:
-        yield replace(
-            layer, reason="the merge would stop here", error=message_of(error), seconds=time.perf_counter() - started
+        yield _with(
+            report, reason="the merge stops here", error=message_of(error), seconds=time.perf_counter() - started
         )
 
 
-def _layers(plan: Plan, layer: LayerReport, inputs: Inputs, mode: Mode) -> Iterator[LayerReport]:
-    method, group = plan.method, inputs.group
+def _measured(
+    plan: Plan, report: TensorReport, inputs: Inputs, mode: Mode, *, with_spectra: bool
+) -> Iterator[TensorReport]:
+    if inputs.is_buffer:
+        yield _with(report, treatment="copied", reason="not floating point")
+        return
+    method, group, parameters = plan.method, inputs.group, inputs.parameters
     if not isinstance(method, LayerwiseMethod):
-        yield _foreign(layer, method.spec.name, group)
+        yield _foreign(report, method.spec.name, group)
         return
     assert group.base is not None  # every method of ours requires one, and mergekit has seen to it
     base = group.base.tensor
-    experts = weighted_experts(group, inputs.parameters)
-    treated = method.treat(layer.name, base.shape, group.metadata.vocabulary_axis, inputs.parameters)
-    layer = replace(layer, reason=treated.reason)
+    experts = weighted_experts(group, parameters)
+    treated = method.treat(report.name, base.shape, group.metadata.vocabulary_axis, parameters)
+    report = _with(report, reason=treated.reason)
     if treated.kind == "buffer":
-        yield replace(layer, branch="copied")
-        return
-    if treated.kind in ("average", "base"):
-        yield _unsolved(layer, treated, base, experts)
-        return
-    if treated.kind == "matrix":
-        experts = with_measured_moments(layer.name, base, experts, inputs.parameters, _not_said)
-    for matrix in matrices(layer.name, base, experts, inputs.parameters):
-        part = replace(layer, name=matrix.name, shape=tuple(base.shape[-2:]))
-        task_vectors = TaskVectors(matrix.base, matrix.experts, name=matrix.name)
-        yield _matrix(part, method, task_vectors, matrix.experts, inputs.parameters, mode)
-
-
-def _not_said(cause: str, message: str) -> None:
-    """The merge warns of experts without measured moments; the report counts those with."""
+        yield _with(report, treatment="copied")
+    elif treated.kind == "base":
+        yield _kept(report, base, experts)
+    elif treated.kind == "average":
+        yield _averaged(report, base, experts)
+    else:
+        for matrix in method.matrices(treated, report.name, base, experts, parameters):
+            task_vectors = TaskVectors(matrix.base, matrix.experts, name=matrix.name)
+            part = _with(report, name=matrix.name, shape=tuple(base.shape[-2:]))
+            first = not any(matrix.place)
+            yield _matrix(part, method, task_vectors, parameters, mode, with_spectra=with_spectra and first)
 
 
 def _matrix(
-    layer: LayerReport,
+    report: TensorReport,
     method: LayerwiseMethod,
     task_vectors: TaskVectors,
-    experts: Sequence[Expert],
-    parameters: Any,
+    parameters: Mapping[str, Any],
     mode: Mode,
-) -> LayerReport:
-    measured = measure_norms(task_vectors, _gated(method, parameters))
-    layer = replace(layer, left_out=left_out(task_vectors))
-    if mode == "full" and len(task_vectors):
-        with diagnostics():
-            merge = (
-                method.merge_matrix(task_vectors, parameters)
-                if len(task_vectors) > 1
-                else MatrixMerge(task_vector=task_vectors.task_vector(0))
-            )
-        measured = measure_merge(measured, task_vectors, merge, method.scale(parameters))
-        if len(task_vectors) > 1:
-            layer = replace(layer, interference=interference(task_vectors))
-    return replace(layer, **_fields(measured))
+    *,
+    with_spectra: bool,
+) -> TensorReport:
+    report = _with(report, **norms(task_vectors), dtype=str(working_dtype(task_vectors.base.dtype)).rpartition(".")[2])
+    if not len(task_vectors):
+        return _with(report, treatment="unchanged")
+    if len(task_vectors) > 1:
+        report = _with(report, treatment="merged", gate=method.gate(parameters), parameters=method.settings(parameters))
+    else:
+        report = _with(report, treatment="single expert")
+    if mode == "fast":
+        return report
+    with diagnostics():
+        merge = method.merge(task_vectors, parameters)
+    return _with(report, **merge_fields(task_vectors, merge, method.scale(parameters), with_spectra=with_spectra))
 
 
-def _unsolved(layer: LayerReport, treated: Treatment, base: Tensor, experts: Sequence[Expert]) -> LayerReport:
-    averaged = treated.kind == "average"
-    columns = [_column(expert) for expert in experts]
-    if not averaged:
-        require_finite_base(base, name=layer.name)
+def _kept(report: TensorReport, base: Tensor, experts: Sequence[Expert]) -> TensorReport:
+    require_finite_base(base, name=report.name)
+    report = _with(report, treatment="base")
     try:
-        task_vectors = TaskVectors(base.reshape(-1, 1), columns, name=layer.name)
-    except ValueError:
-        if averaged:
-            raise
-        return replace(layer, branch="base")  # the merge looks at no expert here
-    changed: Branch = "average" if len(task_vectors) else "frozen"
-    return replace(
-        layer,
-        branch=changed if averaged else "base",
-        experts=expert_reports(task_vectors, task_vectors.energies),
-        left_out=left_out(task_vectors),
-    )
+        return _with(report, **norms(_columns(base, experts, report.name)))
+    except ValueError:  # the merge looks at no expert here
+        return report
 
 
-def _foreign(layer: LayerReport, method: str, group: TensorGroup) -> LayerReport:
-    layer = replace(layer, branch="method", reason=f"merged by {method}")
+def _averaged(report: TensorReport, base: Tensor, experts: Sequence[Expert]) -> TensorReport:
+    task_vectors = _columns(base, experts, report.name)
+    return _with(report, treatment="average" if len(task_vectors) else "unchanged", **norms(task_vectors))
+
+
+def _foreign(report: TensorReport, method: str, group: TensorGroup) -> TensorReport:
+    report = _with(report, treatment="merged", reason=f"merged by {method}")
     if group.base is None:
-        return layer
-    experts = [_column(Expert(name=str(entry.id), tensor=entry.tensor)) for entry in group.non_base]
-    task_vectors = TaskVectors(group.base.tensor.reshape(-1, 1), experts, name=layer.name)
-    return replace(
-        layer,
-        experts=expert_reports(task_vectors, task_vectors.energies),
-        left_out=left_out(task_vectors),
-    )
+        return report
+    experts = [Expert(name=str(entry.id), tensor=entry.tensor) for entry in group.non_base]
+    return _with(report, **norms(_columns(group.base.tensor, experts, report.name)))
 
 
-def _column(expert: Expert) -> Expert:
-    """As one column: norms need no shape, and the mean row that `TaskVectors` takes is then a single number."""
-    return replace(expert, tensor=expert.tensor.reshape(-1, 1))
-
-
-def _gated(method: LayerwiseMethod, parameters: Any) -> CovarianceOptions | None:
-    return method.options(parameters) if isinstance(method, Ace) else None
+def _columns(base: Tensor, experts: Sequence[Expert], name: str) -> TaskVectors:
+    """Any tensor as one column: norms need no shape, and the mean row that `TaskVectors` takes is then one number."""
+    columns = [replace(expert, tensor=expert.tensor.reshape(-1, 1)) for expert in experts]
+    return TaskVectors(base.reshape(-1, 1), columns, name=name)
 
 
 def _note(plan: Plan) -> str | None:
     name = plan.method.spec.name
     if not isinstance(plan.method, LayerwiseMethod):
-        return f"{name} is not a method of mergekit-ace: its update norms are shown, but not what it makes of them."
-    if not isinstance(plan.method, Ace):
-        return f"{name} has no heterogeneity gate: heterogeneity is shown, but decides nothing."
+        return f"{name} is not a method of mergekit-ace: the updates' norms are shown, but not what it makes of them."
     return None
 
 
-def _fields(measured: Measured) -> dict[str, Any]:
-    return {field.name: getattr(measured, field.name) for field in fields(measured)}
+def _with(report: TensorReport, **fields: Any) -> TensorReport:
+    return report.model_copy(update=fields)

@@ -1,83 +1,85 @@
-"""How the experts of one layer stand to each other, and what the merge costs each of them.
+"""How the experts of one matrix stand to each other, and what the merge costs each of them.
 
-Always under ACE's second-order proxy, `G_t = C_t^T C_t` of the centered task vector, so that methods can be compared.
+Always under `G_t = D_t^T D_t` of the plain task vectors, whatever second moment the method takes, so that methods can
+be compared. Products only, no decomposition.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from torch import Tensor
 
+from mergekit_ace.linalg.precision import inner_product, squared_norm
 from mergekit_ace.linalg.symmetric import gram
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.report.model import Interference
 
 
-def losses(task_vectors: TaskVectors, merged: Tensor) -> list[float]:
-    """`tr((W - D_t) G_t (W - D_t)^T) / tr(D_t G_t D_t^T)` of each expert; 0 where `G_t` is zero.
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The experts of one matrix, compared."""
+
+    interference: Interference | None
+    """None for a single expert."""
+    effective_ranks: Sequence[float]
+    """Of each expert's task vector."""
+    losses: Sequence[float]
+    """Of each expert."""
+
+
+def compare(task_vectors: TaskVectors, merged: Tensor) -> Comparison:
+    """Overlap and alignment of every pair, effective rank and loss of every expert.
+
+    Of tall matrices one `[n, n]` second moment an expert is held; of wide ones two `[m, n]` task vectors at a time.
 
     Args:
-        task_vectors: of the layer.
+        task_vectors: at least one expert.
         merged: `W`, `[m, n]`, working dtype.
-    """
-    result = []
-    for t in range(len(task_vectors)):
-        update = task_vectors.task_vector(t)
-        proxy = second_moment_root(update)
-        own = _energy(update, proxy)
-        result.append(_energy(merged - update, proxy) / own if own > 0 else 0.0)
-    return result
-
-
-def interference(task_vectors: TaskVectors) -> Interference:
-    """Overlap of input subspaces and alignment of task vectors, for every pair.
-
-    Holds one `[n, n]` Gram matrix per expert where matrices are tall, else two `[m, n]` task vectors at a time.
     """
     T = len(task_vectors)
     m, n = task_vectors.shape
-    overlap = torch.eye(T, dtype=torch.float64, device="cpu")
-    alignment = overlap.clone()
-    grams: list[Tensor] = []
-    own: list[float] = []
+    tall = n <= m
+    # Python's floats: a device need not have float64, and nothing here is large.
+    overlap = [[float(s == t) for t in range(T)] for s in range(T)]
+    alignment = [[float(s == t) for t in range(T)] for s in range(T)]
+    moments: list[Tensor] = []
+    squares: list[float] = []
+    losses: list[float] = []
     for s in range(T):
         update = task_vectors.task_vector(s)
-        root = second_moment_root(update)
-        if n <= m:
-            grams.append(gram(root))
-            own.append(_dot(grams[s], grams[s]))
-        else:
-            own.append(_square(root @ root.mT))
+        moment = small_gram(update)
+        squares.append(squared_norm(moment))
+        if tall:
+            moments.append(moment)
         for t in range(s):
             other = task_vectors.task_vector(t)
             norms = (task_vectors.energies[s] * task_vectors.energies[t]) ** 0.5
-            alignment[s, t] = alignment[t, s] = _dot(update, other) / norms
-            shared = _dot(grams[s], grams[t]) if n <= m else _square(root @ second_moment_root(other).mT)
-            scale = (own[s] * own[t]) ** 0.5
-            overlap[s, t] = overlap[t, s] = shared / scale if scale else 0.0
-    return Interference(overlap=_rows(overlap), alignment=_rows(alignment))
+            alignment[s][t] = alignment[t][s] = inner_product(update, other) / norms
+            shared = inner_product(moment, moments[t]) if tall else squared_norm(update @ other.mT)
+            overlap[s][t] = overlap[t][s] = shared / (squares[s] * squares[t]) ** 0.5
+        missed = merged - update
+        lost = inner_product(gram(missed), moment) if tall else squared_norm(missed @ update.mT)
+        losses.append(max(0.0, lost) / squares[s])
+    ranks = [energy**2 / square for energy, square in zip(task_vectors.energies, squares, strict=True)]
+    return Comparison(
+        interference=Interference(overlap=_rows(overlap), alignment=_rows(alignment)) if T > 1 else None,
+        effective_ranks=ranks,
+        losses=losses,
+    )
 
 
-def second_moment_root(update: Tensor) -> Tensor:
-    """`C`, the centered task vector, whose second moment `C^T C` stands for the expert's inputs (ACE, Eq. 5)."""
-    return update - update.mean(dim=0)
+def effective_rank(matrix: Tensor) -> float:
+    """`(tr G)^2 / tr(G^2)`, `G = X^T X`: participation ratio of the squared singular values; 0 for a zero matrix."""
+    moment = squared_norm(small_gram(matrix))
+    return squared_norm(matrix) ** 2 / moment if moment > 0 else 0.0
 
 
-def _energy(rows: Tensor, root: Tensor) -> float:
-    """`tr(X C^T C X^T)`, by the cheaper side."""
-    m, n = root.shape
-    if m <= n:
-        return _square(rows @ root.mT)
-    return _dot(rows @ gram(root), rows)
+def small_gram(matrix: Tensor) -> Tensor:
+    """`X^T X` or `X X^T`, whichever is smaller: their nonzero eigenvalues are the same."""
+    return gram(matrix if matrix.shape[1] <= matrix.shape[0] else matrix.mT)
 
 
-def _dot(left: Tensor, right: Tensor) -> float:
-    return float((left * right).sum(dtype=torch.float64))
-
-
-def _square(matrix: Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
-
-
-def _rows(matrix: Tensor) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(float(value) for value in row) for row in matrix)
+def _rows(matrix: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in matrix)

@@ -1,159 +1,98 @@
-"""The numbers of one matrix layer: from its task vectors, and from the merge itself."""
+"""The numbers of one matrix: from its task vectors, and from its merge."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.matrix.decision import heterogeneity
 from mergekit_ace.matrix.merge import MatrixMerge
-from mergekit_ace.matrix.options import CovarianceOptions
-from mergekit_ace.matrix.second_moment import RegularizedMoment, fixed_ridge, relative_ridge
+from mergekit_ace.matrix.second_moment import relative_ridge
 from mergekit_ace.matrix.task_vectors import TaskVectors
-from mergekit_ace.report.interference import losses
-from mergekit_ace.report.model import Branch, ExpertReport, Gate, LeftOut, Merged
-from mergekit_ace.report.spectrum import effective_rank, singular_values, thinned, top_energy
+from mergekit_ace.report.interference import compare, effective_rank
+from mergekit_ace.report.model import ExpertReport, LeftOut, Merged
+from mergekit_ace.report.spectrum import spectrum
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """The measured fields of a `LayerReport`, under the same names."""
-
-    branch: Branch
-    experts: tuple[ExpertReport, ...]
-    heterogeneity: float | None = None
-    heterogeneity_scale_free: float | None = None
-    gate: Gate | None = None
-    ridge: float | None = None
-    condition: float | None = None
-    refined_directions: int | None = None
-    effective_experts: float | None = None
-    shortening: float | None = None
-    retention: float | None = None
-    low_rank: bool | None = None
-    correlation: float | None = None
-    merged: Merged | None = None
-
-
-def measure_norms(task_vectors: TaskVectors, options: CovarianceOptions | None) -> Measured:
-    """What norms and traces say: one pass over the task vectors, which `TaskVectors` has made already.
+def norms(task_vectors: TaskVectors) -> dict[str, Any]:
+    """The fields of a `TensorReport` that need norms alone, which `TaskVectors` has taken already.
 
     Args:
-        task_vectors: of one matrix.
-        options: of ACE; None for a method without a gate.
+        task_vectors: of one matrix, or of any tensor as a column.
     """
-    traces = [measured.centered_energy for measured in task_vectors.statistics]
-    experts = expert_reports(task_vectors, traces)
-    if len(task_vectors) < 2:
-        return Measured(branch="single expert" if len(task_vectors) else "frozen", experts=experts)
-    published = heterogeneity(task_vectors.energies, "published")
-    scale_free = heterogeneity(task_vectors.energies, "scale_free")
-    measured = Measured(branch="method", experts=experts, heterogeneity=published, heterogeneity_scale_free=scale_free)
-    if options is None:
-        return measured
-    heterogeneous = None
-    if options.gate is not None:
-        gate = Gate(statistic=options.gate.statistic, threshold=options.gate.threshold)
-        heterogeneous = {"published": published, "scale_free": scale_free}[gate.statistic] > gate.threshold
-        measured = replace(measured, branch="heterogeneous" if heterogeneous else "homogeneous", gate=gate)
-    moment = options.second_moment
-    if moment.epsilon == "auto":  # needs the second moments themselves
-        return measured
-    own = traces if moment.centered else list(task_vectors.energies)
-    if not all(own):
-        return measured
-    normalize = moment.trace_normalized and heterogeneous is not False
-    proxies = [fixed_ridge(moment.epsilon, trace=trace, normalize=normalize) for trace in own]
-    return with_ridge(measured, proxies, task_vectors.shares, task_vectors)
+    several = len(task_vectors) > 1
+    return {
+        "experts": experts(task_vectors),
+        "left_out": tuple(LeftOut(expert=name, reason=why) for name, why in task_vectors.left_out.items()),
+        "heterogeneity": heterogeneity(task_vectors.energies, "scale_free") if several else None,
+        "heterogeneity_published": heterogeneity(task_vectors.energies, "published") if several else None,
+    }
 
 
-def measure_merge(measured: Measured, task_vectors: TaskVectors, layer: MatrixMerge, scale: float) -> Measured:
-    """Add what takes the solve and the spectra.
-
-    Args:
-        measured: by `measure_norms`.
-        task_vectors: of one matrix, at least one expert.
-        layer: its merge, made within `diagnostics()`.
-        scale: `lambda`.
-    """
-    if layer.moments:
-        measured = with_ridge(measured, layer.moments, task_vectors.shares, task_vectors)
-    merged = layer.task_vector * scale
-    experts = []
-    for t, (expert, loss) in enumerate(zip(measured.experts, losses(task_vectors, merged), strict=True)):
-        values = singular_values(task_vectors.task_vector(t))
-        experts.append(
-            replace(
-                expert,
-                effective_rank=effective_rank(values),
-                top_energy=top_energy(values),
-                spectrum=thinned(values),
-                loss=loss,
-            )
-        )
-    return replace(
-        measured,
-        branch="uncorrelated" if layer.averaged == 1 else measured.branch,
-        experts=tuple(experts),
-        condition=layer.condition,
-        refined_directions=layer.refinement.directions if layer.refinement else None,
-        effective_experts=layer.decision.effective_experts if layer.decision else None,
-        shortening=layer.scale_factor if layer.decision is not None and layer.averaged < 1 else None,
-        retention=layer.retention,
-        low_rank=None if layer.decision is None or layer.decision.low_rank is None else layer.decision.low_rank > 0,
-        correlation=layer.correlation,
-        merged=_merged(task_vectors, merged, layer, scale),
-    )
-
-
-def with_ridge(
-    measured: Measured, proxies: Sequence[RegularizedMoment], shares: Sequence[float], task_vectors: TaskVectors
-) -> Measured:
-    """Add the relative ridge of the system and of each expert's second moment."""
-    n = task_vectors.shape[1]
-    experts = tuple(
-        replace(expert, ridge=relative_ridge([proxy], [1.0], n))
-        for expert, proxy in zip(measured.experts, proxies, strict=True)
-    )
-    return replace(measured, experts=experts, ridge=relative_ridge(proxies, shares, n))
-
-
-def expert_reports(task_vectors: TaskVectors, traces: Sequence[float]) -> tuple[ExpertReport, ...]:
+def experts(task_vectors: TaskVectors) -> tuple[ExpertReport, ...]:
     """Weight, norm and share of each expert with information."""
-    total = sum(traces)
+    total = sum(task_vectors.energies)
     return tuple(
-        ExpertReport(
-            expert=expert.name,
-            weight=expert.weight,
-            norm=statistics.energy**0.5,
-            trace_share=trace / total if total else 0.0,
-        )
-        for expert, statistics, trace in zip(task_vectors.experts, task_vectors.statistics, traces, strict=True)
+        ExpertReport(expert=expert.name, weight=expert.weight, norm=energy**0.5, energy_share=energy / total)
+        for expert, energy in zip(task_vectors.experts, task_vectors.energies, strict=True)
     )
 
 
-def left_out(task_vectors: TaskVectors) -> tuple[LeftOut, ...]:
-    """The experts that have no part in the merge, and why."""
-    return tuple(LeftOut(expert=expert, reason=reason) for expert, reason in task_vectors.left_out.items())
+def merge_fields(
+    task_vectors: TaskVectors, merge: MatrixMerge, scale: float, *, with_spectra: bool
+) -> Mapping[str, Any]:
+    """The fields of a `TensorReport` that need the merge.
+
+    Args:
+        task_vectors: of one matrix, at least one expert.
+        merge: of them, made within `diagnostics()`.
+        scale: `lambda`.
+        with_spectra: also decompose every task vector and the merged one.
+    """
+    merged = merge.task_vector * scale
+    comparison = compare(task_vectors, merged)
+    n = task_vectors.shape[1]
+    solved = [relative_ridge([moment], [1.0], n) for moment in merge.moments]
+    ridges: Sequence[float | None] = solved or [None] * len(task_vectors)
+    measured = zip(experts(task_vectors), ridges, comparison.effective_ranks, comparison.losses, strict=True)
+    return {
+        "experts": tuple(
+            expert.model_copy(
+                update={
+                    "ridge": ridge,
+                    "effective_rank": rank,
+                    "loss": loss,
+                    "spectrum": spectrum(task_vectors.task_vector(t)) if with_spectra else None,
+                }
+            )
+            for t, (expert, ridge, rank, loss) in enumerate(measured)
+        ),
+        "merge": merge.facts(),
+        "merged": _merged(task_vectors, merged, merge, scale, with_spectra=with_spectra),
+        "interference": comparison.interference,
+    }
 
 
-def _merged(task_vectors: TaskVectors, merged: Tensor, layer: MatrixMerge, scale: float) -> Merged:
-    values = singular_values(merged)
-    before = None
-    if layer.refinement is not None:
-        before = singular_values(merged - scale * layer.refinement.update)
-    norm = float(values.square().sum().sqrt())
-    mean_square = sum(task_vectors.energies) / len(task_vectors)
-    weights = squared_norm(task_vectors.base) ** 0.5
+def _merged(
+    task_vectors: TaskVectors, merged: Tensor, merge: MatrixMerge, scale: float, *, with_spectra: bool
+) -> Merged:
+    norm = squared_norm(merged) ** 0.5
+    before = merge.refinement.update if with_spectra and merge.refinement is not None else None
     return Merged(
         norm=norm,
-        relative_norm=norm / mean_square**0.5,
-        relative_change=norm / weights if weights else None,
-        top_energy=top_energy(values),
-        top_energy_before=None if before is None else top_energy(before),
-        spectrum=thinned(values),
-        spectrum_before=None if before is None else thinned(before),
+        relative_norm=norm / root_mean_square(task_vectors.energies),
+        relative_to_mean=norm / task_vectors.energy_of_mean**0.5 if task_vectors.energy_of_mean > 0 else None,
+        relative_change=norm / task_vectors.base_norm if task_vectors.base_norm else None,
+        effective_rank=effective_rank(merged),
+        spectrum=spectrum(merged) if with_spectra else None,
+        spectrum_before=None if before is None else spectrum(merged - scale * before),
     )
+
+
+def root_mean_square(energies: Sequence[float]) -> float:
+    """Of norms, from their squares."""
+    return math.sqrt(sum(energies) / len(energies))

@@ -1,179 +1,164 @@
-"""What an inspection says: a report, its layers, and their experts.
+"""What an inspection found: a report, its tensors, and their experts.
 
-Plain dataclasses; the JSON schema follows from them. A change that could break a reader of the JSON raises
-`SCHEMA_VERSION`.
+The JSON, its schema and `docs/report-schema.md` follow from these classes. A change that could break a reader of the
+JSON raises `SCHEMA_VERSION`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import ConfigDict
+from pydantic import BaseModel, ConfigDict
 
-SCHEMA_VERSION = 1
+from mergekit_ace.matrix.merge import MergeFacts
+from mergekit_ace.matrix.options import Gate
 
-Branch = Literal[
-    "heterogeneous",
-    "homogeneous",
-    "method",
-    "uncorrelated",
-    "single expert",
-    "frozen",
-    "average",
-    "base",
-    "copied",
-    "failed",
-]
+SCHEMA_VERSION = 2
+
+Kind = Literal["merged", "single expert", "unchanged", "average", "base", "copied", "failed"]
 Mode = Literal["fast", "full"]
+Setting = bool | float | str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Spectrum:
-    """Singular values of one matrix, descending, at most 64 of them: the largest, then ever wider apart."""
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
+
+
+class Spectrum(_Record):
+    """Singular values of one matrix, descending: at most 64 of them, evenly spaced by the logarithm of their rank."""
 
     ranks: tuple[int, ...]
     """Position of each value in the full spectrum, from 1."""
     values: tuple[float, ...]
+    """The singular values."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExpertReport:
-    """One expert in one layer. With `D` its task vector and `G = C^T C` its second moment (`C` is `D`, centered)."""
+class ExpertReport(_Record):
+    """One expert in one tensor; `D` is its task vector, `[m, n]`."""
 
     expert: str
+    """The model."""
     weight: float
     """As in the recipe."""
     norm: float
     """`||D||_F`."""
-    trace_share: float
-    """`tr G` over the sum of all experts' traces, 0 where all are 0; with `||D||_F^2` for `tr G` where nothing but a
-    mean is taken."""
+    energy_share: float
+    """`||D||_F^2` over the sum of all experts' `||D||_F^2`."""
     ridge: float | None = None
-    """Ridge relative to the mean eigenvalue of the expert's second moment. Above 1 it outweighs what was measured."""
+    """Ridge of its second moment, relative to the mean eigenvalue; above 1 it exceeds the second moment itself."""
     effective_rank: float | None = None
-    """Exponential of the entropy of the normalized singular values of `D` (Roy and Vetterli, 2007)."""
-    top_energy: float | None = None
-    """Share of `||D||_F^2` in the largest 5 percent of the singular values."""
+    """`(tr G)^2 / tr(G^2)` with `G = D^T D`: the participation ratio of the squared singular values."""
     loss: float | None = None
-    """`tr((W - D) G (W - D)^T) / tr(D G D^T)`: how far the merged task vector `W` is from the expert's own outputs
-    under its own second moment. 0: nothing lost; 1: as far as the base model."""
+    """`||(W - D) D^T||_F^2 / ||D D^T||_F^2` with the merged task vector `W`: the interference with this expert (the
+    objective of WUDI), relative to that of the base. 0: the expert's outputs are kept; 1: as far as the base."""
     spectrum: Spectrum | None = None
+    """Singular values of `D`, where they were asked for."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LeftOut:
-    """An expert that has no say in a layer."""
+class LeftOut(_Record):
+    """An expert that has no part in the merge of a tensor."""
 
     expert: str
+    """The model."""
     reason: str
+    """Why: its weight is 0, it equals the base, or it differs from it by the rounding of its storage format only."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Merged:
-    """The merged task vector `W` of a layer, `lambda` included."""
+class Merged(_Record):
+    """The merged task vector `W` of a matrix, `lambda` included."""
 
     norm: float
     """`||W||_F`."""
     relative_norm: float
     """`||W||_F` over the root mean square of the experts' norms."""
+    relative_to_mean: float | None = None
+    """`||W||_F` over the norm of the experts' weighted mean; null where that is zero."""
     relative_change: float | None = None
-    """`||W||_F` over the norm of the base's weight; None where that is zero."""
-    top_energy: float
-    """Share of `||W||_F^2` in the largest 5 percent of the singular values."""
-    top_energy_before: float | None = None
-    """The same before spectral refinement; None where nothing was refined."""
-    spectrum: Spectrum
+    """`||W||_F` over the norm of the base's weight; null where that is zero."""
+    effective_rank: float
+    """Participation ratio of its squared singular values, as for an expert."""
+    spectrum: Spectrum | None = None
+    """Singular values of `W`, where they were asked for."""
     spectrum_before: Spectrum | None = None
+    """The same before spectral refinement; null where nothing was refined."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Interference:
-    """How the experts of a layer stand to each other; matrices in the order of `LayerReport.experts`."""
+class Interference(_Record):
+    """How the experts of a tensor stand to each other; matrices in the order of its `experts`, as lists of rows."""
 
     overlap: tuple[tuple[float, ...], ...]
-    """`tr(G_s G_t) / (||G_s||_F ||G_t||_F)`: 0 for disjoint input subspaces, 1 for equal ones."""
+    """`tr(G_s G_t) / (||G_s||_F ||G_t||_F)` with `G = D^T D`: 0 for disjoint input subspaces, 1 for equal ones."""
     alignment: tuple[tuple[float, ...], ...]
-    """Cosine between task vectors; negative where two experts pull against each other."""
+    """Cosine between task vectors; negative where two updates oppose each other."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gate:
-    """What decides whether a layer is heterogeneous."""
-
-    statistic: Literal["published", "scale_free"]
-    threshold: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerReport:
-    """One tensor of the merged model, or one slice of a stack of matrices."""
+class TensorReport(_Record):
+    """One tensor of the merged model, or one matrix of a stack of them."""
 
     name: str
-    """The tensor's name; `name[i]` for slice i of a stack."""
+    """The tensor's name; `name[i]` for matrix i of a stack."""
     depth: int | None
-    """Number of the layer it is in; None outside the layers."""
+    """Number of the transformer layer it is in; null outside the layers."""
     kind: str
     """Layer type: the name without prefix and numbers, such as `self_attn.q_proj`."""
     shape: tuple[int, ...]
     """As stored."""
-    branch: Branch
-    """What the merge does: `heterogeneous` or `homogeneous` (ACE, by its gate), `method` (a method without a gate),
-    `uncorrelated` (second moments without anything in common: averaged),
-    `single expert` (its task vector as it is), `frozen` (no expert changed it), `average`, `base`, `copied` (a
-    buffer) or `failed` (see `error`)."""
+    treatment: Kind
+    """`merged` by the method, `single expert` (that expert's update, as it is), `unchanged` (no expert changed it),
+    `average`, `base`, `copied` (a buffer), or `failed` (see `error`)."""
     reason: str
     """Why."""
+    dtype: Literal["float32", "float64"] | None = None
+    """In which a matrix is merged; null for what is not a matrix."""
     experts: tuple[ExpertReport, ...] = ()
-    """Those with information in this tensor, in recipe order."""
+    """Those with information in this tensor, in the order of the recipe."""
     left_out: tuple[LeftOut, ...] = ()
+    """The others."""
     heterogeneity: float | None = None
-    """The published statistic; None for fewer than two experts."""
-    heterogeneity_scale_free: float | None = None
+    """`Var(l)` with `l = log ||D||_F^2` over the experts, scale-free; null for fewer than two experts."""
+    heterogeneity_published: float | None = None
+    """`Var(l) / Mean(l)^2`, the published statistic."""
     gate: Gate | None = None
-    """What it is compared with; None for a method without a gate."""
-    ridge: float | None = None
-    """Ridge of the system that is solved, relative to the mean eigenvalue of the sum of second moments."""
-    condition: float | None = None
-    """Estimated condition number of that system."""
-    refined_directions: int | None = None
-    """How many singular directions are lifted to a common level."""
-    effective_experts: float | None = None
-    """How many independent updates the experts' amount to; None where the method does not ask."""
-    shortening: float | None = None
-    """What the bounds of retention and length multiplied the merged task vector by; None where there was no solve."""
-    retention: float | None = None
-    """How much of the experts' own outputs it would keep in the mean before; None where the method does not ask."""
-    low_rank: bool | None = None
-    """The experts' updates are of low rank, as adapters are; None where the method does not ask."""
-    correlation: float | None = None
-    """Of the experts' second moments; the method averages the layer where it is below its threshold."""
+    """The statistic and the threshold by which heterogeneous matrices are told; null where there is no gate."""
+    parameters: Mapping[str, Setting] = {}
+    """The method's parameters for this tensor, as far as a matrix asks for them."""
+    merge: MergeFacts | None = None
+    """What the merge recorded of itself; null where nothing was merged, and in a fast pass."""
     merged: Merged | None = None
+    """The result; null where nothing was merged, and in a fast pass."""
     interference: Interference | None = None
+    """Of the experts; null for fewer than two, and in a fast pass."""
     seconds: float = 0.0
     """What measuring took, reading included."""
     error: str | None = None
     """What stops the merge at this tensor."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(_Record):
     """A recipe, inspected."""
 
-    __pydantic_config__ = ConfigDict(ser_json_inf_nan="strings")
-
     schema_version: int = SCHEMA_VERSION
+    """Raised by every change that could break a reader; new fields may be added without."""
     producer: str
     """Program and version."""
     recipe: str
+    """Path of the recipe."""
     method: str
+    """Its `merge_method`."""
     mode: Mode
-    """`fast`: norms, traces and heterogeneity; `full`: also solves and spectra."""
+    """`fast`: norms and heterogeneity; `full`: merges too."""
     complete: bool
-    """False where the inspection was interrupted."""
+    """False where the inspection was interrupted: `tensors` then ends early."""
     base: str | None
+    """The base model."""
     experts: tuple[str, ...]
+    """The other models, in the order of the recipe."""
     note: str | None = None
-    """What this report cannot say about its method."""
-    layers: tuple[LayerReport, ...]
+    """What the report cannot show of its method."""
+    planned: int
+    """Number of tensors of the merged model."""
+    selection: str | None = None
+    """Which of them were measured, in words; null: all."""
+    tensors: tuple[TensorReport, ...]
     """In the order of the model."""

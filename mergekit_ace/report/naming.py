@@ -33,7 +33,7 @@ def place(name: str) -> Place:
 
 
 def from_layer(name: str) -> str:
-    """The name from its layer's number on, without `.weight`: enough where room is scarce."""
+    """The name from its layer's number on, without `.weight`: enough in a table."""
     first = _NUMBER.search(name)
     return (name if first is None else name[first.start() :]).removesuffix(".weight")
 

@@ -1,114 +1,135 @@
-"""A report in a few numbers: which branches its layers take, which are worst, and what the merge costs each expert."""
+"""A report in a few numbers: how its tensors are treated, which lose most, and what the merge costs each expert."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import TypeVar
 
-from mergekit_ace.report.model import Branch, LayerReport, Report
+from mergekit_ace.report.model import ExpertReport, Report, TensorReport
+from mergekit_ace.report.wording import MEANING, label, number
 
-SOLVED: tuple[Branch, ...] = ("heterogeneous", "homogeneous", "method")
-"""The branches in which experts are weighed against each other."""
+_Losing = TypeVar("_Losing", "ExpertSummary", ExpertReport)
+_MOST_LISTED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertSummary:
-    """One expert over the whole model. Means are over the layers in which experts are weighed against each other."""
+    """One expert over the whole model. Means are over the tensors in which experts are weighed against each other."""
 
     expert: str
-    layers: int
-    """Tensors that the expert changed."""
+    tensors: int
+    """How many it changed."""
     norm: float
     """`||D||_F` over all its tensors together."""
-    trace_share: float
-    """Mean share of the trace."""
+    energy_share: float
+    """Mean share of the energy."""
     loss: float | None
-    """Mean loss; None without solves."""
+    """Mean loss; None without merges."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """What a terminal shows."""
 
-    branches: Mapping[Branch, int]
-    """Number of layers in each branch that occurs."""
+    treatments: Mapping[str, int]
+    """Number of tensors of each label that occurs."""
     experts: tuple[ExpertSummary, ...]
     """In recipe order."""
-    worst: tuple[LayerReport, ...]
-    """Layers with the largest mean loss, the worst first; without solves, those with the largest heterogeneity."""
-    failed: tuple[LayerReport, ...]
+    ranked: tuple[TensorReport, ...]
+    """Those with the largest mean loss, the largest first; without merges, with the largest heterogeneity. None where
+    all are alike."""
+    failed: tuple[TensorReport, ...]
     seconds: float
 
     @property
-    def most_hurt(self) -> ExpertSummary | None:
-        """The expert with the largest mean loss."""
-        return max(self._weighed(), key=_loss, default=None)
+    def highest_loss(self) -> ExpertSummary | None:
+        """The one expert with the largest mean loss; None where several share it, to the digits that are shown."""
+        return _sole(sorted(self._with_loss(), key=_loss, reverse=True))
 
     @property
-    def least_hurt(self) -> ExpertSummary | None:
-        """The expert with the smallest mean loss."""
-        return min(self._weighed(), key=_loss, default=None)
+    def lowest_loss(self) -> ExpertSummary | None:
+        """The one expert with the smallest mean loss; None as above."""
+        return _sole(sorted(self._with_loss(), key=_loss))
 
-    def _weighed(self) -> list[ExpertSummary]:
+    def _with_loss(self) -> list[ExpertSummary]:
         return [expert for expert in self.experts if expert.loss is not None]
 
 
-def summarize(report: Report, *, worst: int = 5) -> Summary:
+def summarize(report: Report, *, most: int = _MOST_LISTED) -> Summary:
     """Count, average and rank.
 
     Args:
         report: complete or not.
-        worst: how many of the worst layers.
+        most: how many tensors to rank.
     """
-    counted = Counter(layer.branch for layer in report.layers)
+    counted = Counter(label(tensor) for tensor in report.tensors)
+    ranked = sorted(compared(report), key=rank, reverse=True)
+    alike = len(ranked) > 1 and number(rank(ranked[0])) == number(rank(ranked[-1]))
     return Summary(
-        branches={branch: counted[branch] for branch in get_args(Branch) if counted[branch]},
+        treatments={name: counted[name] for name in MEANING if counted[name]},
         experts=tuple(_expert(expert, report) for expert in report.experts),
-        worst=tuple(sorted(compared_layers(report), key=badness, reverse=True)[:worst]),
-        failed=tuple(layer for layer in report.layers if layer.branch == "failed"),
-        seconds=sum(layer.seconds for layer in report.layers),
+        ranked=() if alike else tuple(ranked[:most]),
+        failed=tuple(tensor for tensor in report.tensors if tensor.treatment == "failed"),
+        seconds=sum(tensor.seconds for tensor in report.tensors),
     )
 
 
-def compared_layers(report: Report) -> list[LayerReport]:
-    """The layers in which two experts or more are weighed against each other."""
-    return [layer for layer in report.layers if layer.branch in SOLVED and len(layer.experts) > 1]
+def compared(report: Report) -> list[TensorReport]:
+    """The tensors in which two experts or more are weighed against each other."""
+    return [tensor for tensor in report.tensors if tensor.treatment == "merged" and len(tensor.experts) > 1]
 
 
-def gate_statistic(layer: LayerReport) -> float | None:
-    """The heterogeneity that the layer's gate goes by; the published one where there is no gate."""
-    if layer.gate is not None and layer.gate.statistic == "scale_free":
-        return layer.heterogeneity_scale_free
-    return layer.heterogeneity
+def gate_statistic(tensor: TensorReport) -> float | None:
+    """The heterogeneity that the tensor's gate goes by; the scale-free one where there is no gate."""
+    if tensor.gate is not None and tensor.gate.statistic == "published":
+        return tensor.heterogeneity_published
+    return tensor.heterogeneity
 
 
-def mean_loss(layer: LayerReport) -> float | None:
-    """Mean of the experts' losses in a layer; None without solves."""
-    known = [expert.loss for expert in layer.experts if expert.loss is not None]
+def mean_loss(tensor: TensorReport) -> float | None:
+    """Mean of the experts' losses in a tensor; None without a merge."""
+    known = [expert.loss for expert in tensor.experts if expert.loss is not None]
     return sum(known) / len(known) if known else None
 
 
-def badness(layer: LayerReport) -> float:
-    """What layers are ranked by: mean loss, or heterogeneity where there is none."""
-    loss = mean_loss(layer)
-    return loss if loss is not None else (gate_statistic(layer) or 0.0)
+def highest_loss(tensor: TensorReport) -> ExpertReport | None:
+    """The one expert that loses most in a tensor; None where several share that, to the digits that are shown."""
+    known = [expert for expert in tensor.experts if expert.loss is not None]
+    return _sole(sorted(known, key=_loss, reverse=True))
+
+
+def rank(tensor: TensorReport) -> float:
+    """What tensors are ranked by: mean loss, or heterogeneity where there is none."""
+    loss = mean_loss(tensor)
+    return loss if loss is not None else (gate_statistic(tensor) or 0.0)
+
+
+def _sole(ordered: Sequence[_Losing]) -> _Losing | None:
+    """The first, unless the second shows the same loss, or there is no second to compare it with."""
+    if len(ordered) < 2 or number(_loss(ordered[0])) == number(_loss(ordered[1])):
+        return None
+    return ordered[0]
+
+
+def _loss(expert: ExpertSummary | ExpertReport) -> float:
+    return expert.loss if expert.loss is not None else 0.0
 
 
 def _expert(name: str, report: Report) -> ExpertSummary:
-    present = [expert for layer in report.layers for expert in layer.experts if expert.expert == name]
-    weighed = [expert for layer in compared_layers(report) for expert in layer.experts if expert.expert == name]
+    present = list(_of(name, report.tensors))
+    weighed = list(_of(name, compared(report)))
     known = [expert.loss for expert in weighed if expert.loss is not None]
     return ExpertSummary(
         expert=name,
-        layers=len(present),
+        tensors=len(present),
         norm=math.sqrt(sum(expert.norm**2 for expert in present)),
-        trace_share=sum(expert.trace_share for expert in weighed) / len(weighed) if weighed else 0.0,
+        energy_share=sum(expert.energy_share for expert in weighed) / len(weighed) if weighed else 0.0,
         loss=sum(known) / len(known) if known else None,
     )
 
 
-def _loss(expert: ExpertSummary) -> float:
-    return expert.loss if expert.loss is not None else 0.0
+def _of(name: str, tensors: Iterable[TensorReport]) -> Iterable[ExpertReport]:
+    return (expert for tensor in tensors for expert in tensor.experts if expert.expert == name)

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from mergekit.io import TensorWriter
 
 from mergekit_ace.engine.part import Part
-from mergekit_ace.engine.plan import select_names
 from mergekit_ace.engine.shards import OutputTensor, Shard, arranged, default_shard_size, grouped, of_part
+from mergekit_ace.recipe.patterns import select_names
 
 
 def tensors(sizes: list[int]) -> list[OutputTensor]:

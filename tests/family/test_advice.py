@@ -1,85 +1,197 @@
-"""What goes wrong in a merge is said, once, with its cause and its remedy; what goes well is not talked about."""
+"""The rulebook, held on real merges: each cause is named once a merge, with numbers and a remedy that helps.
+
+Sound merges of every method, under their defaults, are merged in silence.
+"""
 
 import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from mergekit.merge_methods.api import merge_state_dicts
+from mergekit.merge_methods.api import merge_state_dicts, merge_tensors
 from torch import Tensor
 
 import mergekit_ace
-from mergekit_ace.matrix.merge import MatrixMerge
-from mergekit_ace.matrix.refinement import Refinement
-from mergekit_ace.methods.advice import OnceEach, causes
+from mergekit_ace.methods.layerwise import LayerwiseMethod
+from tests.checkpoints import Suite, Update, make_suite
+from tests.commands import mergekit_yaml
+from tests.end_to_end.comparison import recipe_for
 from tests.matrix.experts import adapter_updates, related_updates
 
 NAME = "model.layers.0.mlp.up_proj.weight"
+METHODS = {method.name: method for method in mergekit_ace.METHODS}
+FULL = related_updates(60, 30, 3)
+UNEVEN = related_updates(60, 30, 3, spread=6.0)
+WIDE = related_updates(10, 60, 3)
+ADAPTERS = adapter_updates(60, 80, 3, rank=3)
+OF_UNIT_NORM = [update / update.norm() * factor for update, factor in zip(FULL, (1.0, 1.1, 1.2), strict=True)]
+ONE_SIDED = [FULL[0] * 10, *FULL[1:]]
 
 
-def said(caplog: pytest.LogCaptureFixture, updates: list[Tensor], change: float, **parameters: object) -> list[str]:
-    """The warnings of a merge of two like layers, the updates being `change` times the norm of the base."""
+def models(updates: Sequence[Tensor], change: float | None, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    """A base and its experts, the updates being `change` times the norm of the base; of their own size where None."""
     base = torch.randn(updates[0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    scale = change * base.norm() / torch.stack([update.norm() for update in updates]).mean()
-    models = {"base": {NAME: base, NAME.replace("0", "1"): base}}
-    for t, update in enumerate(updates):
-        weight = base + scale * update
-        models[f"expert {t}"] = {NAME: weight, NAME.replace("0", "1"): weight}
+    scale = 1.0 if change is None else change * base.norm() / torch.stack([u.norm() for u in updates]).mean()
+    experts = {f"expert {t}": {NAME: (base + scale * update).to(dtype)} for t, update in enumerate(updates)}
+    return {"base": {NAME: base.to(dtype)}, **experts}
+
+
+def logged(
+    caplog: pytest.LogCaptureFixture,
+    method: str,
+    updates: Sequence[Tensor],
+    change: float | None = 0.01,
+    parameters: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> list[str]:
     caplog.clear()
     with caplog.at_level(logging.WARNING, logger="mergekit_ace"):
-        merge_state_dicts(models, "ace", base="base", parameters=parameters)
+        merge_state_dicts(models(updates, change, dtype), method, base="base", parameters=parameters or {})
+    return messages(caplog)
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "mergekit_ace"]
 
 
-@pytest.fixture(autouse=True)
-def _afresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method says a thing once in the life of its process."""
-    mergekit_ace.register()
-    (ace,) = (method for method in mergekit_ace.METHODS if method.name == "ace")
-    monkeypatch.setattr(ace, "_once", OnceEach())
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("updates", [FULL, UNEVEN, [FULL[0]] * 3, related_updates(30, 60, 8)])
+def test_defaults_merge_full_fine_tunes_in_silence(
+    method: str, updates: list[Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert logged(caplog, method, updates) == []
 
 
-def test_small_updates_of_one_covariance_are_merged_in_silence(caplog: pytest.LogCaptureFixture) -> None:
-    assert said(caplog, related_updates(40, 30, 3), 0.01) == []
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_warn_of_adapters_only_where_they_are_averaged(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    found = logged(caplog, method, ADAPTERS)
+    assert len(found) == (method == "ace")
+    assert all("the result is the plain average" in message for message in found)
 
 
-@pytest.mark.parametrize(
-    ("updates", "change", "parameters", "words"),
-    [
-        (related_updates(40, 30, 3), 0.3, {}, "of its norm, and updates this large do not add up"),
-        (related_updates(40, 30, 3), 0.01, {"preset": "published", "epsilon": 1e6}, "drowns them"),
-        (adapter_updates(60, 80, 3, rank=3), 0.01, {}, "second moments correlate by"),
-    ],
+PUBLISHED = {"preset": "published"}
+# method, updates, their size, parameters; the sentence; what the remedy says to set, and to what.
+CASES: tuple[tuple[str, list[Tensor], float | None, dict[str, Any], str, dict[str, Any]], ...] = (
+    (
+        "ace",
+        FULL,
+        0.3,
+        {},
+        r"changes the weight by \d+% of its norm, more than 20%.*length_bound: true",
+        {"lambda": 0.1},
+    ),
+    ("ace", FULL, 0.3, {"length_bound": True}, "changes the weight by", {"lambda": 0.1}),
+    ("ace", FULL, 0.5, {"length_bound": False}, "changes the weight by", {"lambda": 0.1}),
+    ("wudi", FULL, 0.3, {}, "changes the weight by", {"lambda": 0.1}),
+    ("tsv_m", FULL, 0.3, {}, "changes the weight by", {"lambda": 0.1}),
+    ("ace", FULL, 0.01, {"epsilon": 100.0}, r"the ridge \(epsilon: 100\) is .* times the mean", {"epsilon": "auto"}),
+    ("wudi", FULL, 0.01, {"epsilon": 100.0}, r"the ridge \(epsilon: 100\) is", {"epsilon": "auto"}),
+    ("ace", FULL, 0.01, {**PUBLISHED, "epsilon": 1e6}, r"the ridge \(epsilon: 1e\+06\) is", {"epsilon": "auto"}),
+    ("ace", ADAPTERS, 0.01, {}, r"correlate by 0\.\d+ only.*the plain average", {"correlation_threshold": 0.0}),
+    ("ace", UNEVEN, 0.01, PUBLISHED, "spectral refinement adds", {"spectral_fraction": 0.0}),
+    ("actmat", WIDE, 0.01, {"epsilon": 1e-8}, "has condition number", {"epsilon": "auto"}),
+    ("ace", OF_UNIT_NORM, None, PUBLISHED, "published is .*, above the threshold 0.3", {"heterogeneity": "scale_free"}),
+    ("ace", FULL, 0.01, {"lambda": 0.1}, r"0\.\d+ times the norm of the experts' plain average", {"lambda": 1.0}),
+    ("iso_c", ADAPTERS, 0.01, {"mean_over": "all"}, "times the norm of the experts' plain", {"mean_over": "existing"}),
+    ("iso_cts", ADAPTERS, 0.01, {"mean_over": "all"}, "times the norm of the experts' plain", {"lambda": 3.0}),
 )
-def test_a_cause_is_named_once_with_a_remedy(
+
+
+@pytest.mark.parametrize(("method", "updates", "change", "parameters", "sentence", "remedy"), CASES)
+def test_a_cause_is_named_and_its_remedy_helps(
+    method: str,
     updates: list[Tensor],
-    change: float,
-    parameters: dict[str, object],
-    words: str,
+    change: float | None,
+    parameters: dict[str, Any],
+    sentence: str,
+    remedy: dict[str, Any],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    (message,) = said(caplog, updates, change, **parameters)
-    assert message.startswith(NAME)
-    assert words in message
-    assert "Set " in message
+    with caplog.at_level(logging.INFO, logger="mergekit_ace"):  # -v: condition numbers are estimated too
+        before = logged_at_info(caplog, method, updates, change, parameters)
+        after = logged_at_info(caplog, method, updates, change, parameters | remedy)
+    (found,) = (message for message in before if re.search(sentence, message))
+    assert found.startswith(f"{NAME}: ")
+    (parameter,) = remedy
+    assert parameter in remedy_of(found)
+    assert not [message for message in after if _gist(sentence) in message]
+    for message in [*before, *after]:
+        assert_sound(message, METHODS[method])
 
 
-@pytest.mark.parametrize(("length_bound", "most"), [("auto", 400), (True, 100)])
-def test_the_remedy_for_large_updates_helps(length_bound: object, most: int, caplog: pytest.LogCaptureFixture) -> None:
-    # four independent updates, each half as long as the base
-    (message,) = said(caplog, related_updates(20, 90, 4), 0.5, length_bound=length_bound)
-    percent = int(message.split("%")[0].split()[-1])
-    assert most / 2 < percent <= most
+def logged_at_info(
+    caplog: pytest.LogCaptureFixture,
+    method: str,
+    updates: Sequence[Tensor],
+    change: float | None,
+    parameters: Mapping[str, Any],
+) -> list[str]:
+    caplog.clear()
+    merge_state_dicts(models(updates, change, torch.float32), method, base="base", parameters=parameters)
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
-def test_a_refinement_that_dominates_is_named() -> None:
-    update = torch.eye(4)
-    refinement = Refinement(directions=1, level=8.0, norm=8.0, update=update)
-    layer = MatrixMerge(task_vector=update, refinement=refinement)
-    ((cause, message),) = causes(layer, 2.0, weight_norm=100.0, scale=1.0)
-    assert cause == "refinement"
-    assert "4 times the longest expert's update" in message
-    assert list(causes(layer, 4.0, weight_norm=100.0, scale=1.0)) == []
+def _gist(sentence: str) -> str:
+    """Without the numbers, which the remedy changes."""
+    return max(re.findall(r"[a-z' ]{9,}", sentence), key=len)  # type: ignore[no-any-return]
 
 
-def test_a_base_of_zeros_has_no_norm_to_compare_with() -> None:
-    assert list(causes(MatrixMerge(task_vector=torch.eye(4)), 1.0, weight_norm=0.0, scale=1.0)) == []
+def remedy_of(message: str) -> str:
+    """The sentence before the last."""
+    return message.partition(" Logged once")[0].rpartition(". ")[2]
+
+
+def assert_sound(message: str, method: LayerwiseMethod) -> None:
+    """No words for missing numbers, and no parameter that the method does not have."""
+    assert not re.search(r"\b(?:inf|nan|None)\b", message)
+    known = {parameter.name for parameter in method.parameters} | {"dtype", "scale_free"}
+    settings = re.findall(r"\b([a-z]+(?:_[a-z]+)+|lambda|epsilon|dtype|matrices)\b", remedy_of(message))
+    assert settings
+    assert set(settings) <= known
+
+
+def test_a_dominant_expert_is_no_matter_of_one_matrix(caplog: pytest.LogCaptureFixture) -> None:
+    """The report counts it; a log would name it for a single matrix of many."""
+    assert logged(caplog, "actmat", ONE_SIDED) == []
+
+
+def test_a_cause_is_logged_once_a_merge_and_again_in_the_next(caplog: pytest.LogCaptureFixture) -> None:
+    two = {
+        model: {NAME: t[NAME], NAME.replace("0", "1"): t[NAME]} for model, t in models(FULL, 0.3, torch.float32).items()
+    }
+    for _ in range(2):
+        caplog.clear()
+        merge_state_dicts(two, "ace", base="base")
+        assert len(messages(caplog)) == 1
+    # other names and no name are merges of their own
+    tensors = [tensors[NAME] for tensors in two.values()]
+    for names in ([None, None], ["a", "a"]):
+        caplog.clear()
+        for name in names:
+            merge_tensors(tensors, "ace", base_index=0, name=name)
+        assert len(messages(caplog)) == 2
+    caplog.clear()
+    for name in (None, "c", "d"):  # the last two: one merge, tensor by tensor
+        merge_tensors(tensors, "ace", base_index=0, name=name)
+    assert len(messages(caplog)) == 2
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    return make_suite("llama", tmp_path_factory.mktemp("llama"), update=Update.EVEN)
+
+
+def test_mergekit_yaml_warns_in_every_merge_of_a_process(
+    llama: Suite, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = recipe_for(llama) | {"parameters": {"epsilon": 1e6, "embeddings": "ace"}}
+    for out in ("first", "second"):
+        caplog.clear()
+        mergekit_yaml(recipe, tmp_path / out)
+        causes = sorted(message.partition(": ")[2].partition(" (")[0][:30] for message in messages(caplog))
+        assert len(causes) == len(set(causes)) >= 2, messages(caplog)
+        assert any("embeddings: ace merges an embedding table" in message for message in messages(caplog))
+        assert any("the ridge (epsilon: 1e+06)" in message for message in messages(caplog))

@@ -2,15 +2,17 @@
 
 import math
 
+from mergekit_ace.matrix.decision import Decision
+from mergekit_ace.matrix.merge import MergeFacts
+from mergekit_ace.matrix.options import Gate
 from mergekit_ace.report.model import (
     ExpertReport,
-    Gate,
     Interference,
-    LayerReport,
     LeftOut,
     Merged,
     Report,
     Spectrum,
+    TensorReport,
 )
 
 # What a checkpoint's maker could write into a name to get into a page, a terminal, a formula or a spreadsheet.
@@ -23,40 +25,68 @@ def spectrum(scale: float) -> Spectrum:
     return Spectrum(ranks=ranks, values=tuple(scale / rank for rank in ranks))
 
 
-def solved_layer(name: str, depth: int, heterogeneity: float, *, kind: str = "mlp.up_proj") -> LayerReport:
+def decision(heterogeneity: float, heterogeneous: bool | None, *, trace_normalized: bool = False) -> Decision:
+    return Decision(
+        heterogeneity=heterogeneity,
+        heterogeneous=heterogeneous,
+        trace_normalized=trace_normalized,
+        refined_directions=2 if heterogeneous else 0,
+        refined_residual=bool(heterogeneous),
+        low_rank=None,
+        effective_experts=None,
+        longest=math.inf,
+    )
+
+
+def merged_tensor(name: str, depth: int, heterogeneity: float, *, kind: str = "mlp.up_proj") -> TensorReport:
+    """By ACE as published: above 0.3 heterogeneous, so trace-normalized and refined."""
     refined = heterogeneity > 0.3
-    return LayerReport(
+    return TensorReport(
         name=name,
         depth=depth,
         kind=kind,
         shape=(16, 8),
-        branch="heterogeneous" if refined else "homogeneous",
+        treatment="merged",
         reason="matrix",
+        dtype="float32",
         experts=tuple(
             ExpertReport(
                 expert=expert,
                 weight=1.0,
-                norm=1.0 + t,
-                trace_share=(0.25, 0.75)[t],
+                norm=(1.0, 1.5)[t],
+                energy_share=(1.0, 2.25)[t] / 3.25,
                 ridge=0.1,
                 effective_rank=4.0,
-                top_energy=0.5,
                 loss=(0.2, 0.6)[t],
                 spectrum=spectrum(1.0 + t),
             )
             for t, expert in enumerate(EXPERTS)
         ),
-        heterogeneity=heterogeneity,
-        heterogeneity_scale_free=1.0,
+        heterogeneity=1.0,
+        heterogeneity_published=heterogeneity,
         gate=Gate(statistic="published", threshold=0.3),
-        ridge=0.05,
-        condition=42.0,
-        refined_directions=2 if refined else None,
+        parameters={
+            "preset": "published",
+            "epsilon": 0.01,
+            "heterogeneity": "published",
+            "heterogeneity_threshold": 0.3,
+            "spectral_fraction": 0.3,
+            "length_bound": False,
+            "lambda": 1.0,
+        },
+        merge=MergeFacts(
+            decision=decision(heterogeneity, refined, trace_normalized=refined),
+            ridge=0.05,
+            ridge_is_fixed=True,
+            condition=42.0,
+            refinement_norm=1.0 if refined else None,
+        ),
         merged=Merged(
             norm=1.2,
-            relative_norm=0.8,
-            top_energy=0.6,
-            top_energy_before=0.7 if refined else None,
+            relative_norm=0.9,
+            relative_to_mean=1.3,
+            relative_change=0.01,
+            effective_rank=5.0,
             spectrum=spectrum(1.5),
             spectrum_before=spectrum(1.4) if refined else None,
         ),
@@ -74,25 +104,26 @@ def made_up_report(name: str = "mlp.up_proj") -> Report:
         complete=True,
         base="/models/base",
         experts=EXPERTS,
-        layers=(
-            *(solved_layer(f"model.layers.{i}.{name}.weight", i, value) for i, value in enumerate((0.1, 0.5, 2.0))),
-            solved_layer(f"{HOSTILE}.weight", 3, math.inf, kind=HOSTILE),
-            LayerReport(
+        planned=6,
+        tensors=(
+            *(merged_tensor(f"model.layers.{i}.{name}.weight", i, value) for i, value in enumerate((0.1, 0.5, 2.0))),
+            merged_tensor(f"{HOSTILE}.weight", 3, math.inf, kind=HOSTILE),
+            TensorReport(
                 name="model.norm.weight",
                 depth=None,
                 kind="model.norm",
                 shape=(8,),
-                branch="frozen",
+                treatment="unchanged",
                 reason="vector or scalar",
                 left_out=tuple(LeftOut(expert=expert, reason="equal to the base here") for expert in EXPERTS),
             ),
-            LayerReport(
+            TensorReport(
                 name="lm_head.weight",
                 depth=None,
                 kind="lm_head",
                 shape=(),
-                branch="failed",
-                reason="the merge would stop here",
+                treatment="failed",
+                reason="the merge stops here",
                 error=f"NaN in {HOSTILE}",
             ),
         ),

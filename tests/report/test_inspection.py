@@ -13,6 +13,7 @@ from mergekit_ace.recipe.reading import read_recipe
 from mergekit_ace.report.advice import advise
 from mergekit_ace.report.inspection import inspect_recipe, inspect_tensors
 from mergekit_ace.report.summary import summarize
+from mergekit_ace.report.wording import label
 from tests.checkpoints import Suite, Update, add_adapter, edit_tensors, make_suite, read_tensors
 from tests.commands import mergekit_yaml
 from tests.report.recipes import document, write
@@ -36,13 +37,13 @@ def test_conv1d_layers_are_turned_as_in_the_merge(tmp_path: Path) -> None:
     recipe = document(suite, parameters={"preset": "published", "input_axis": [*turned, {"value": "last"}]})
     report = inspect_recipe(write(recipe, tmp_path / "recipe.yml"))
     merged = read_tensors(mergekit_yaml(recipe, tmp_path / "merged"))
-    layers = {layer.name: layer for layer in report.layers if layer.merged is not None}
+    layers = {tensor.name: tensor for tensor in report.tensors if tensor.merged is not None}
     assert len(layers) == 3 * 4
-    for name, layer in layers.items():
-        assert layer.merged is not None
-        assert layer.shape == tuple(merged[name].shape)
+    for name, tensor in layers.items():
+        assert tensor.merged is not None
+        assert tensor.shape == tuple(merged[name].shape)
         change = (merged[name].double() - suite.base.tensors[name].double()).norm()
-        assert layer.merged.norm == pytest.approx(float(change), rel=ROUNDING)
+        assert tensor.merged.norm == pytest.approx(float(change), rel=ROUNDING)
 
 
 def test_stacked_experts_are_reported_slice_by_slice(tmp_path: Path) -> None:
@@ -50,14 +51,14 @@ def test_stacked_experts_are_reported_slice_by_slice(tmp_path: Path) -> None:
     recipe = document(suite)
     report = inspect_recipe(write(recipe, tmp_path / "recipe.yml"))
     merged = read_tensors(mergekit_yaml(recipe, tmp_path / "merged"))
-    assert {layer.branch for layer in report.layers if "expert" in layer.name} == {"homogeneous"}
-    for layer in report.layers:
-        if layer.merged is None:
+    assert {label(tensor) for tensor in report.tensors if "expert" in tensor.name} == {"homogeneous"}
+    for tensor in report.tensors:
+        if tensor.merged is None:
             continue
-        name, _, rest = layer.name.partition("[")
+        name, _, rest = tensor.name.partition("[")
         index = int(rest.rstrip("]")) if rest else ...
         change = (merged[name].double() - suite.base.tensors[name].double())[index].norm()
-        assert layer.merged.norm == pytest.approx(float(change), rel=ROUNDING)
+        assert tensor.merged.norm == pytest.approx(float(change), rel=ROUNDING)
 
 
 def test_adapters_are_read_as_the_merge_reads_them(tmp_path: Path) -> None:
@@ -69,11 +70,11 @@ def test_adapters_are_read_as_the_merge_reads_them(tmp_path: Path) -> None:
     recipe = document(suite, models=[{"model": f"{suite.base.path}+{adapter}"} for adapter in adapters])
     options = MergeOptions(lora_merge_cache=str(tmp_path / "cache"))
     report = inspect_recipe(write(recipe, tmp_path / "recipe.yml"), options)
-    solved = [layer for layer in report.layers if layer.merged is not None]
-    assert {layer.kind for layer in solved} == {"self_attn.q_proj", "mlp.down_proj"}
-    for layer in solved:
-        assert all(expert.effective_rank is not None and expert.effective_rank < 2.01 for expert in layer.experts)
-    assert summarize(report).branches["frozen"] == len(report.layers) - len(solved)
+    solved = [tensor for tensor in report.tensors if tensor.merged is not None]
+    assert {tensor.kind for tensor in solved} == {"self_attn.q_proj", "mlp.down_proj"}
+    for tensor in solved:
+        assert all(expert.effective_rank is not None and expert.effective_rank < 2.01 for expert in tensor.experts)
+    assert summarize(report).treatments["unchanged"] == len(report.tensors) - len(solved)
 
 
 def test_slices_and_gradients_are_mergekits_own(llama: Suite, tmp_path: Path) -> None:
@@ -81,36 +82,34 @@ def test_slices_and_gradients_are_mergekits_own(llama: Suite, tmp_path: Path) ->
     recipe = document(llama, slices=[{"sources": sources}], parameters={"epsilon": [0.1, 10.0]})
     del recipe["models"]
     report = inspect_recipe(write(recipe, tmp_path / "recipe.yml"), mode="fast")
-    assert {layer.depth for layer in report.layers} == {None, 0, 1}
+    assert {tensor.depth for tensor in report.tensors} == {None, 0, 1}
     first, last = (
-        next(layer for layer in report.layers if layer.depth == depth and layer.kind == "mlp.up_proj")
+        next(tensor for tensor in report.tensors if tensor.depth == depth and tensor.kind == "mlp.up_proj")
         for depth in (0, 1)
     )
     base = llama.base.tensors["model.layers.1.mlp.up_proj.weight"].double()
     moved = llama.experts[0].tensors["model.layers.1.mlp.up_proj.weight"].double() - base
     assert first.experts[0].norm == pytest.approx(float(moved.norm()), rel=1e-6)
-    assert first.ridge is not None
-    assert last.ridge is not None
-    assert 50 < last.ridge / first.ridge < 200
+    assert (first.parameters["epsilon"], last.parameters["epsilon"]) == (0.1, 10.0)
 
 
 def test_a_vocabulary_is_aligned_before_norms_are_taken(llama: Suite, tmp_path: Path) -> None:
     recipe = document(llama, parameters={"embeddings": "base"})
     report = inspect_recipe(write(recipe, tmp_path / "recipe.yml"), mode="fast")
-    tables = [layer for layer in report.layers if layer.depth is None and len(layer.shape) == 2]
-    assert [layer.branch for layer in tables] == ["base", "base"]
-    assert all(len(layer.experts) == 3 for layer in tables)
+    tables = [tensor for tensor in report.tensors if tensor.depth is None and len(tensor.shape) == 2]
+    assert [tensor.treatment for tensor in tables] == ["base", "base"]
+    assert all(len(tensor.experts) == 3 for tensor in tables)
 
 
 @pytest.mark.parametrize("method", ["actmat", "tsv_m"])
-def test_our_other_methods_have_no_gate_and_say_so(llama: Suite, method: str, tmp_path: Path) -> None:
-    recipe = document(llama, merge_method=method, parameters={})
-    report = inspect_recipe(write(recipe, tmp_path / "recipe.yml"))
-    assert report.note is not None
-    assert "no heterogeneity gate" in report.note
-    solved = [layer for layer in report.layers if layer.branch == "method"]
-    assert len(solved) == 3 * 7
-    assert all(layer.gate is None and layer.merged is not None and layer.interference is not None for layer in solved)
+def test_our_other_methods_have_no_gate(llama: Suite, method: str, tmp_path: Path) -> None:
+    report = inspect_recipe(write(document(llama, merge_method=method, parameters={}), tmp_path / "recipe.yml"))
+    assert report.note is None
+    merged = [tensor for tensor in report.tensors if tensor.treatment == "merged"]
+    assert len(merged) == 3 * 7
+    assert all(
+        tensor.gate is None and tensor.merged is not None and tensor.interference is not None for tensor in merged
+    )
 
 
 def test_mergekits_own_methods_get_norms_and_a_note(llama: Suite, tmp_path: Path) -> None:
@@ -118,8 +117,8 @@ def test_mergekits_own_methods_get_norms_and_a_note(llama: Suite, tmp_path: Path
     report = inspect_recipe(write(recipe, tmp_path / "recipe.yml"))
     assert report.note is not None
     assert "ties is not a method of mergekit-ace" in report.note
-    assert {layer.branch for layer in report.layers} == {"method"}
-    assert all(len(layer.experts) == 3 and layer.merged is None for layer in report.layers)
+    assert {tensor.treatment for tensor in report.tensors} == {"merged"}
+    assert all(len(tensor.experts) == 3 and tensor.merged is None for tensor in report.tensors)
 
 
 def test_nan_stops_one_tensor_and_not_the_report(llama: Suite, tmp_path: Path) -> None:
@@ -130,11 +129,11 @@ def test_nan_stops_one_tensor_and_not_the_report(llama: Suite, tmp_path: Path) -
     models = [{"model": str(expert)}, {"model": str(llama.experts[1].path)}]
     report = inspect_recipe(write(document(llama, models=models), tmp_path / "recipe.yml"), mode="fast")
     failed = summarize(report).failed
-    assert [layer.name for layer in failed] == [name]
+    assert [tensor.name for tensor in failed] == [name]
     assert failed[0].error is not None
     assert str(expert) in failed[0].error
     assert "NaN" in failed[0].error
-    assert len(report.layers) == len(llama.base.tensors)
+    assert len(report.tensors) == len(llama.base.tensors)
     assert [finding.level for finding in advise(report)][:1] == ["error"]
 
 
@@ -146,7 +145,7 @@ def test_a_missing_tensor_is_named(llama: Suite, tmp_path: Path) -> None:
     report = inspect_recipe(
         write(document(llama, models=[{"model": str(expert)}]), tmp_path / "recipe.yml"), mode="fast"
     )
-    assert [layer.name for layer in summarize(report).failed] == [name]
+    assert [tensor.name for tensor in summarize(report).failed] == [name]
 
 
 def test_a_truncated_file_is_an_error_before_anything_is_measured(llama: Suite, tmp_path: Path) -> None:
@@ -168,7 +167,7 @@ def test_what_is_not_a_recipe_is_an_error(tmp_path: Path) -> None:
 def test_layers_come_one_by_one_in_the_order_of_the_model(llama: Suite, tmp_path: Path) -> None:
     recipe = read_recipe(write(document(llama), tmp_path / "recipe.yml"))
     with planned(recipe, MergeOptions()) as plan:
-        depths = [layer.depth for layer in inspect_tensors(plan, "fast")]
+        depths = [tensor.depth for tensor in inspect_tensors(plan, plan.tensors, "fast")]
     inner = [depth for depth in depths if depth is not None]
     assert inner == sorted(inner)
     assert depths[0] is None

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from mergekit.options import MergeOptions
 from torch import Tensor
 
-from mergekit_ace.report.inspection import inspect_recipe
-from mergekit_ace.report.model import ExpertReport, LayerReport, Report
+from mergekit_ace.recipe.plan import planned
+from mergekit_ace.recipe.reading import read_recipe
+from mergekit_ace.report.inspection import assemble, inspect_recipe, inspect_tensors
+from mergekit_ace.report.model import ExpertReport, Report, TensorReport
+from mergekit_ace.report.wording import label
 from tests.checkpoints import Suite, Update, make_suite, read_tensors
 from tests.commands import mergekit_yaml
 from tests.reference import AceOptions, ace, heterogeneity
@@ -33,7 +37,9 @@ def recipe(suite: Suite, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(recipe: Path) -> Report:
-    return inspect_recipe(recipe)
+    with planned(read_recipe(recipe), MergeOptions()) as plan:
+        spectra = {tensor.name for tensor in plan.tensors}
+        return assemble(plan, inspect_tensors(plan, plan.tensors, "full", spectra=spectra), "full")
 
 
 def deltas(suite: Suite, name: str) -> dict[str, Tensor]:
@@ -43,14 +49,14 @@ def deltas(suite: Suite, name: str) -> dict[str, Tensor]:
     return {expert: delta for expert, delta in every.items() if bool(delta.any())}
 
 
-def solved(report: Report) -> Iterator[LayerReport]:
-    found = [layer for layer in report.layers if layer.branch in ("heterogeneous", "homogeneous", "method")]
+def solved(report: Report) -> Iterator[TensorReport]:
+    found = [tensor for tensor in report.tensors if tensor.treatment == "merged"]
     assert found
     yield from found
 
 
-def by_name(layer: LayerReport) -> Mapping[str, ExpertReport]:
-    return {expert.expert: expert for expert in layer.experts}
+def by_name(tensor: TensorReport) -> Mapping[str, ExpertReport]:
+    return {expert.expert: expert for expert in tensor.experts}
 
 
 def center(delta: Tensor) -> Tensor:
@@ -62,109 +68,118 @@ def close(value: float, tolerance: float = FLOAT32) -> object:
 
 
 def test_every_tensor_is_reported_once_and_takes_its_branch(suite: Suite, report: Report) -> None:
-    assert sorted(layer.name for layer in report.layers) == sorted(read_tensors(suite.base.path))
-    for layer in report.layers:
-        update = suite.updates[layer.name]
+    assert sorted(tensor.name for tensor in report.tensors) == sorted(read_tensors(suite.base.path))
+    for tensor in report.tensors:
+        update = suite.updates[tensor.name]
         if update is Update.FROZEN:
-            assert layer.branch == "frozen"
-        elif len(layer.shape) < 2 or "embed" in layer.name or "lm_head" in layer.name:
-            assert layer.branch == "average"
+            assert tensor.treatment == "unchanged"
+        elif len(tensor.shape) < 2 or "embed" in tensor.name or "lm_head" in tensor.name:
+            assert tensor.treatment == "average"
         elif update is Update.ONE:
-            assert layer.branch == "single expert"
+            assert tensor.treatment == "single expert"
         else:
             even = update in (Update.EVEN, Update.PARTLY_EVEN)
-            assert layer.branch == ("homogeneous" if even else "heterogeneous")
+            assert label(tensor) == ("homogeneous" if even else "heterogeneous")
 
 
 def test_norms_and_who_is_left_out(suite: Suite, report: Report) -> None:
-    for layer in report.layers:
-        updates = deltas(suite, layer.name)
-        assert [expert.expert for expert in layer.experts] == list(updates)
-        assert {out.expert for out in layer.left_out} == {str(e.path) for e in suite.experts} - set(updates)
-        for expert in layer.experts:
+    for tensor in report.tensors:
+        updates = deltas(suite, tensor.name)
+        assert [expert.expert for expert in tensor.experts] == list(updates)
+        assert {out.expert for out in tensor.left_out} == {str(e.path) for e in suite.experts} - set(updates)
+        for expert in tensor.experts:
             assert expert.norm == close(float(updates[expert.expert].norm()))
 
 
-def test_heterogeneity_traces_and_ridge(suite: Suite, report: Report) -> None:
-    for layer in solved(report):
-        updates = deltas(suite, layer.name)
-        logs = torch.stack([delta.square().sum() for delta in updates.values()]).log()
-        assert layer.heterogeneity == close(heterogeneity(list(updates.values())))
-        assert layer.heterogeneity_scale_free == close(float(logs.var()))
+def test_heterogeneity_shares_and_ridge(suite: Suite, report: Report) -> None:
+    for tensor in solved(report):
+        updates = deltas(suite, tensor.name)
+        energies = {expert: float(delta.square().sum()) for expert, delta in updates.items()}
+        logs = torch.tensor(list(energies.values()), dtype=torch.float64).log()
+        assert tensor.heterogeneity_published == close(heterogeneity(list(updates.values())))
+        assert tensor.heterogeneity == close(float(logs.var()))
         traces = {expert: float(center(delta).square().sum()) for expert, delta in updates.items()}
-        n = layer.shape[1]
-        for expert in layer.experts:
-            assert expert.trace_share == close(traces[expert.expert] / sum(traces.values()))
+        n = tensor.shape[1]
+        for expert in tensor.experts:
+            assert expert.energy_share == close(energies[expert.expert] / sum(energies.values()))
             assert expert.ridge == close(EPSILON * n / traces[expert.expert])
 
 
 def test_the_ridge_and_the_condition_are_those_of_the_system(suite: Suite, report: Report) -> None:
-    for layer in solved(report):
-        grams = [center(delta).T @ center(delta) for delta in deltas(suite, layer.name).values()]
-        scales = [1 / gram.trace() if layer.branch == "heterogeneous" else 1.0 for gram in grams]
+    for tensor in solved(report):
+        grams = [center(delta).T @ center(delta) for delta in deltas(suite, tensor.name).values()]
+        scales = [1 / gram.trace() if label(tensor) == "heterogeneous" else 1.0 for gram in grams]
         moments = sum(gram * scale for gram, scale in zip(grams, scales, strict=True))
         ridge = float(sum(EPSILON * scale for scale in scales))
-        n = layer.shape[1]
-        assert layer.ridge == close(ridge * n / float(moments.trace()))
+        n = tensor.shape[1]
+        assert tensor.merge is not None
+        assert tensor.merge.ridge == close(ridge * n / float(moments.trace()))
         system = moments + ridge * torch.eye(n, dtype=torch.float64)
-        assert layer.condition == close(float(torch.linalg.cond(system)), CONDITION)
+        assert tensor.merge.condition == close(float(torch.linalg.cond(system)), CONDITION)
 
 
 def test_the_merged_update_and_its_spectrum(suite: Suite, report: Report) -> None:
-    for layer in solved(report):
-        updates = list(deltas(suite, layer.name).values())
+    for tensor in solved(report):
+        updates = list(deltas(suite, tensor.name).values())
         merged = 0.7 * ace(updates, AceOptions(epsilon=EPSILON))
-        assert layer.merged is not None
-        assert layer.merged.norm == close(float(merged.norm()))
+        assert tensor.merged is not None
+        assert tensor.merged.norm == close(float(merged.norm()))
         mean_square = sum(float(delta.square().sum()) for delta in updates) / len(updates)
-        assert layer.merged.relative_norm == close(float(merged.norm()) / math.sqrt(mean_square))
+        assert tensor.merged.relative_norm == close(float(merged.norm()) / math.sqrt(mean_square))
+        assert tensor.merged.relative_to_mean == close(float(merged.norm() / (sum(updates) / len(updates)).norm()))
+        base = suite.base.tensors[tensor.name].double()
+        assert tensor.merged.relative_change == close(float(merged.norm() / base.norm()))
         values = torch.linalg.svdvals(merged)
-        assert layer.merged.top_energy == close(top_share(values))
-        assert layer.merged.spectrum.values[0] == close(float(values[0]))
-        if layer.branch == "heterogeneous":
+        assert tensor.merged.effective_rank == close(participation(values))
+        assert tensor.merged.spectrum is not None
+        assert tensor.merged.spectrum.values[0] == close(float(values[0]))
+        assert tensor.merge is not None
+        assert tensor.merge.decision is not None
+        if label(tensor) == "heterogeneous":
             before = 0.7 * ace(updates, AceOptions(epsilon=EPSILON, spectral_fraction=0.0))
-            assert layer.merged.top_energy_before == close(top_share(torch.linalg.svdvals(before)))
-            assert layer.refined_directions == math.floor(0.3 * min(layer.shape))
+            assert tensor.merged.spectrum_before is not None
+            assert tensor.merged.spectrum_before.values[0] == close(float(torch.linalg.svdvals(before)[0]))
+            assert tensor.merge.refinement_norm == close(float((merged - before).norm()) / 0.7)
+            assert tensor.merge.decision.refined_directions == math.floor(0.3 * min(tensor.shape))
         else:
-            assert layer.merged.top_energy_before is None
-            assert layer.refined_directions is None
+            assert tensor.merged.spectrum_before is None
+            assert tensor.merge.decision.refined_directions == 0
 
 
 def test_losses_ranks_and_interference(suite: Suite, report: Report) -> None:
-    for layer in solved(report):
-        updates = deltas(suite, layer.name)
+    for tensor in solved(report):
+        updates = deltas(suite, tensor.name)
         merged = 0.7 * ace(list(updates.values()), AceOptions(epsilon=EPSILON))
-        grams = {expert: center(delta).T @ center(delta) for expert, delta in updates.items()}
-        for name, expert in by_name(layer).items():
-            delta, gram = updates[name], grams[name]
-            own = torch.trace(delta @ gram @ delta.T)
-            assert expert.loss == close(float(torch.trace((merged - delta) @ gram @ (merged - delta).T) / own))
-            values = torch.linalg.svdvals(delta)
-            shares = values / values.sum()
-            assert expert.effective_rank == close(float(torch.exp(-(shares * shares.log()).sum())))
-            assert expert.top_energy == close(top_share(values))
-        assert layer.interference is not None
+        grams = {expert: delta.T @ delta for expert, delta in updates.items()}
+        for name, expert in by_name(tensor).items():
+            delta = updates[name]
+            missed = (merged - delta) @ delta.T
+            assert expert.loss == close(float(missed.square().sum() / (delta @ delta.T).square().sum()))
+            assert expert.effective_rank == close(participation(torch.linalg.svdvals(delta)))
+            assert expert.spectrum is not None
+            assert expert.spectrum.values[0] == close(float(torch.linalg.svdvals(delta)[0]))
+        assert tensor.interference is not None
         for s, (one, first) in enumerate(updates.items()):
             for t, (other, second) in enumerate(updates.items()):
                 overlap = (grams[one] * grams[other]).sum() / (grams[one].norm() * grams[other].norm())
                 alignment = (first * second).sum() / (first.norm() * second.norm())
-                assert layer.interference.overlap[s][t] == close(float(overlap))
-                assert layer.interference.alignment[s][t] == pytest.approx(float(alignment), abs=1e-5)
+                assert tensor.interference.overlap[s][t] == close(float(overlap))
+                assert tensor.interference.alignment[s][t] == pytest.approx(float(alignment), abs=1e-5)
 
 
-def top_share(values: Tensor) -> float:
-    top = values[: math.ceil(0.05 * len(values))]
-    return float(top.square().sum() / values.square().sum())
+def participation(values: Tensor) -> float:
+    squares = values.square()
+    return float(squares.sum() ** 2 / squares.square().sum())
 
 
 def test_the_merge_itself_has_the_reported_norms(suite: Suite, recipe: Path, report: Report, tmp_path: Path) -> None:
     merged = read_tensors(mergekit_yaml(recipe.read_text(), tmp_path / "merged"))
-    for layer in report.layers:
-        change = (merged[layer.name].double() - suite.base.tensors[layer.name].double()).norm()
-        if layer.branch in ("heterogeneous", "homogeneous", "single expert"):
-            assert layer.merged is not None
-            assert layer.merged.norm == close(float(change))
-        if layer.branch == "frozen":
+    for tensor in report.tensors:
+        change = (merged[tensor.name].double() - suite.base.tensors[tensor.name].double()).norm()
+        if tensor.treatment in ("merged", "single expert"):
+            assert tensor.merged is not None
+            assert tensor.merged.norm == close(float(change))
+        if tensor.treatment == "unchanged":
             assert change == 0
 
 
@@ -172,28 +187,36 @@ def test_the_default_preset_is_reported_as_it_merges(suite: Suite, tmp_path: Pat
     settings = document(suite, parameters={})
     merged = read_tensors(mergekit_yaml(settings, tmp_path / "merged"))
     found = inspect_recipe(write(settings, tmp_path / "recipe.yml"))
-    for layer in solved(found):
-        assert layer.merged is not None
-        change = merged[layer.name].double() - suite.base.tensors[layer.name].double()
-        assert layer.merged.norm == close(float(change.norm()))
-        assert layer.merged.top_energy == close(top_share(torch.linalg.svdvals(change)))
-        updates = deltas(suite, layer.name).values()
+    for tensor in solved(found):
+        assert tensor.merged is not None
+        change = merged[tensor.name].double() - suite.base.tensors[tensor.name].double()
+        assert tensor.merged.norm == close(float(change.norm()))
+        assert tensor.merged.effective_rank == close(participation(torch.linalg.svdvals(change)))
+        updates = deltas(suite, tensor.name).values()
         energies = torch.stack([delta.square().sum() for delta in updates])
         mean = sum(updates) / len(updates)
-        assert layer.effective_experts == close(float(energies.mean() / mean.square().sum()))
-        assert layer.shortening is not None
-        assert 0 < layer.shortening <= 1
+        assert tensor.merge is not None
+        assert tensor.merge.decision is not None
+        assert tensor.merge.decision.effective_experts == close(float(energies.mean() / mean.square().sum()))
+        assert 0 < tensor.merge.scale_factor <= 1
 
 
 def test_the_fast_pass_agrees_with_the_full_one(recipe: Path, report: Report) -> None:
     fast = inspect_recipe(recipe, mode="fast")
-    for quick, full in zip(fast.layers, report.layers, strict=True):
-        assert (quick.name, quick.branch, quick.gate) == (full.name, full.branch, full.gate)
-        assert quick.heterogeneity == full.heterogeneity
-        assert [(e.expert, e.norm, e.trace_share) for e in quick.experts] == [
-            (e.expert, e.norm, e.trace_share) for e in full.experts
+    for quick, full in zip(fast.tensors, report.tensors, strict=True):
+        assert (quick.name, quick.treatment, quick.gate) == (full.name, full.treatment, full.gate)
+        assert (quick.heterogeneity, quick.parameters) == (full.heterogeneity, full.parameters)
+        assert [(e.expert, e.norm, e.energy_share) for e in quick.experts] == [
+            (e.expert, e.norm, e.energy_share) for e in full.experts
         ]
-        assert (quick.ridge is None) == (full.ridge is None)
-        assert quick.ridge is None or quick.ridge == close(full.ridge or 0.0)
-        assert quick.merged is None
-        assert quick.interference is None
+        assert quick.merge is quick.merged is quick.interference is None
+
+
+def test_spectra_are_measured_where_they_are_asked_for(recipe: Path, report: Report) -> None:
+    asked = next(solved(report)).name
+    with planned(read_recipe(recipe), MergeOptions()) as plan:
+        tensors = [tensor for tensor in plan.tensors if tensor.name.startswith(asked.rpartition(".")[0][:14])]
+        found = list(inspect_tensors(plan, tensors, "full", spectra={asked}))
+    assert len(found) > 1
+    with_spectra = [t.name for t in found if any(e.spectrum for e in t.experts) or (t.merged and t.merged.spectrum)]
+    assert with_spectra == [asked]

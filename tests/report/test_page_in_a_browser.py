@@ -13,7 +13,7 @@ from tests.report.made_up import HOSTILE, made_up_report
 pytestmark = pytest.mark.browser
 
 PHONE = {"width": 375, "height": 700, "mobile": True}
-NAMES = "[...document.querySelectorAll('#layers tbody tr:not([hidden]) th')].map(cell => cell.textContent)"
+NAMES = "[...document.querySelectorAll('#tensors tbody tr:not([hidden]) th')].map(cell => cell.textContent)"
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +39,22 @@ def opened(page: Page, file: Path) -> Iterator[Page]:
 
 
 def press(page: Page, heading: str) -> None:
-    page.evaluate(f"[...document.querySelectorAll('#layers button')].find(b => b.textContent === '{heading}').click()")
+    page.evaluate(f"[...document.querySelectorAll('#tensors button')].find(b => b.textContent === '{heading}').click()")
 
 
 def column(page: Page, number: int) -> list[str]:
     texts: list[str] = page.evaluate(
-        f"[...document.querySelectorAll('#layers tbody tr')].map(r => r.cells[{number}].textContent)"
+        f"[...document.querySelectorAll('#tensors tbody tr')].map(r => r.cells[{number}].textContent)"
     )
     return texts
 
 
 def test_it_sorts_by_number_and_leaves_what_was_not_measured_last(opened: Page) -> None:
     press(opened, "heterogeneity")
-    assert column(opened, 4) == ["∞", "2", "0.5", "0.1", "", ""]
+    assert column(opened, 5) == ["∞", "2", "0.5", "0.1", "", ""]
     press(opened, "heterogeneity")
-    assert column(opened, 4) == ["0.1", "0.5", "2", "∞", "", ""]
-    assert opened.evaluate("document.querySelectorAll('#layers [aria-sort=ascending]').length") == 1
+    assert column(opened, 5) == ["0.1", "0.5", "2", "∞", "", ""]
+    assert opened.evaluate("document.querySelectorAll('#tensors [aria-sort=ascending]').length") == 1
 
 
 def test_it_sorts_by_name(opened: Page) -> None:
@@ -64,13 +64,13 @@ def test_it_sorts_by_name(opened: Page) -> None:
     assert column(opened, 0) == up[::-1]
 
 
-def test_it_filters_by_name_and_by_branch(opened: Page) -> None:
+def test_it_filters_by_name_and_by_treatment(opened: Page) -> None:
     opened.evaluate("query.value = 'LAYERS up'; query.dispatchEvent(new Event('input'))")
     assert opened.evaluate(NAMES) == [f"model.layers.{i}.mlp.up_proj.weight" for i in range(3)]
-    opened.evaluate("branch.value = 'homogeneous'; branch.dispatchEvent(new Event('input'))")
+    opened.evaluate("treatment.value = 'homogeneous'; treatment.dispatchEvent(new Event('input'))")
     assert opened.evaluate(NAMES) == ["model.layers.0.mlp.up_proj.weight"]
     assert opened.evaluate("shown.textContent") == "1 of 6"
-    opened.evaluate("query.value = branch.value = ''; query.dispatchEvent(new Event('input'))")
+    opened.evaluate("query.value = treatment.value = ''; query.dispatchEvent(new Event('input'))")
     assert len(opened.evaluate(NAMES)) == 6
 
 
@@ -100,10 +100,13 @@ def test_it_fits_a_phone(page: Page, file: Path) -> None:
     page.open(file, **PHONE)  # type: ignore[arg-type]
     assert page.evaluate("document.scrollingElement.scrollWidth") <= PHONE["width"]
     assert page.evaluate("parseFloat(getComputedStyle(document.body).fontSize)") >= 16
+    # Pictures are as wide as the screen at the most, so that nobody has to scroll within one.
+    edges = page.evaluate("[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().right)")
+    assert max(edges) <= PHONE["width"]
     # Text in the pictures is at least this many pixels high, whatever the width of the screen.
     heights = page.evaluate(
         "[...document.querySelectorAll('figure svg text')].filter(t => t.checkVisibility())"
         ".map(t => Math.min(t.getBoundingClientRect().height, t.getBoundingClientRect().width + 99))"
     )
-    assert min(heights) > 7
+    assert min(heights) > 8
     assert page.complaints() == []

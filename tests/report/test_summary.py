@@ -1,85 +1,102 @@
 """Counting, ranking and advising, on reports whose answer is known; and names cut short."""
 
-import dataclasses
 import subprocess
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from mergekit_ace.report.advice import advise
-from mergekit_ace.report.model import LayerReport, Report
+from mergekit_ace.report.model import Report, TensorReport
 from mergekit_ace.report.naming import from_layer, place, short_names
+from mergekit_ace.report.sampling import sample
 from mergekit_ace.report.spectrum import thinned
-from mergekit_ace.report.summary import summarize
+from mergekit_ace.report.summary import highest_loss, summarize
 from mergekit_ace.report.wording import number
-from tests.report.made_up import EXPERTS, made_up_report, solved_layer
+from tests.report.made_up import EXPERTS, made_up_report, merged_tensor
 
 
-def report_of(*layers: LayerReport, **changes: Any) -> Report:
-    return dataclasses.replace(made_up_report(), layers=layers, **changes)
+def report_of(*tensors: TensorReport, **changes: Any) -> Report:
+    return made_up_report().model_copy(update={"tensors": tensors, **changes})
 
 
-def layer_with(**changes: Any) -> LayerReport:
-    return dataclasses.replace(solved_layer("model.layers.0.mlp.up_proj.weight", 0, 0.1), **changes)
+def tensor_with(**changes: Any) -> TensorReport:
+    return merged_tensor("model.layers.0.mlp.up_proj.weight", 0, 0.1).model_copy(update=changes)
+
+
+def with_losses(*losses: float) -> TensorReport:
+    experts = [e.model_copy(update={"loss": loss}) for e, loss in zip(tensor_with().experts, losses, strict=True)]
+    return tensor_with(experts=tuple(experts))
 
 
 def test_summary_counts_ranks_and_averages() -> None:
     summary = summarize(made_up_report())
-    assert summary.branches == {"heterogeneous": 3, "homogeneous": 1, "frozen": 1, "failed": 1}
-    assert [layer.name for layer in summary.failed] == ["lm_head.weight"]
-    assert summary.most_hurt is not None
-    assert summary.least_hurt is not None
-    assert (summary.most_hurt.expert, summary.least_hurt.expert) == (EXPERTS[1], EXPERTS[0])
-    assert summary.most_hurt.loss == pytest.approx(0.6)
-    assert summary.experts[0].norm == pytest.approx(2.0)  # four layers of norm 1
-    assert len(summary.worst) == 4
+    assert summary.treatments == {"heterogeneous": 3, "homogeneous": 1, "unchanged": 1, "failed": 1}
+    assert [tensor.name for tensor in summary.failed] == ["lm_head.weight"]
+    assert summary.highest_loss is not None
+    assert summary.lowest_loss is not None
+    assert (summary.highest_loss.expert, summary.lowest_loss.expert) == (EXPERTS[1], EXPERTS[0])
+    assert summary.highest_loss.loss == pytest.approx(0.6)
+    assert summary.experts[0].norm == pytest.approx(2.0)  # four tensors of norm 1
+    assert summary.ranked == ()  # all four lose the same
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"ridge": 3.0}, "ridge outweighs"),
-        ({"condition": 1e8}, "ill-conditioned"),
-        ({"branch": "heterogeneous", "heterogeneity": 9.0, "heterogeneity_scale_free": 0.01}, "similar size"),
-        ({"error": "NaN in expert a", "branch": "failed"}, "cannot be merged"),
-    ],
-)
-def test_each_trouble_is_named_with_a_remedy(changes: dict[str, Any], words: str) -> None:
-    findings = advise(report_of(layer_with(**changes)))
-    assert [words in finding.what for finding in findings] == [True]
-    assert all(finding.remedy for finding in findings)
+def test_the_largest_losses_are_ranked_first() -> None:
+    report = report_of(with_losses(0.1, 0.2), with_losses(0.5, 0.6), with_losses(0.3, 0.4))
+    assert [highest.loss for t in summarize(report).ranked if (highest := highest_loss(t))] == [0.6, 0.4, 0.2]
 
 
-def test_norms_that_swell_or_shrink_are_named() -> None:
-    layer = layer_with()
-    assert layer.merged is not None
-    for changes, words in (({"relative_change": 0.4}, "by 40%"), ({"relative_norm": 0.1}, "0.25 times")):
-        changed = dataclasses.replace(layer, merged=dataclasses.replace(layer.merged, **changes))
-        assert [words in finding.what for finding in advise(report_of(changed))] == [True]
+@pytest.mark.parametrize("losses", [(0.3, 0.3), (0.30001, 0.30002), (0.0, 0.0)])
+def test_ties_have_no_highest_and_no_lowest(losses: tuple[float, float]) -> None:
+    tied = with_losses(*losses)
+    summary = summarize(report_of(tied, tied))
+    assert summary.highest_loss is summary.lowest_loss is highest_loss(tied) is None
+    assert summary.ranked == ()
 
 
-def test_a_dominant_expert_is_named() -> None:
-    layer = layer_with()
-    experts = tuple(
-        dataclasses.replace(expert, trace_share=share)
-        for expert, share in zip(layer.experts, (0.95, 0.05), strict=True)
-    )
-    (finding,) = advise(report_of(dataclasses.replace(layer, experts=experts)))
-    assert finding.what.startswith("plain holds 95%")
+def test_a_tensor_that_fails_is_an_error() -> None:
+    (finding,) = advise(report_of(tensor_with(error="NaN in expert a", treatment="failed")))
+    assert (finding.level, "cannot be merged: NaN in expert a" in finding.what) == ("error", True)
 
 
 def test_an_expert_that_changes_nothing_is_an_error_once_all_is_read() -> None:
-    layer = layer_with()
-    alone = dataclasses.replace(layer, experts=layer.experts[:1])
+    tensor = tensor_with()
+    alone = tensor.model_copy(update={"experts": tensor.experts[:1], "treatment": "single expert"})
     (finding,) = advise(report_of(alone))
     assert finding.level == "error"
-    assert EXPERTS[1] in finding.what
+    assert finding.what == f"{EXPERTS[1]} equals the base in every tensor, so it adds nothing"
     assert advise(report_of(alone, complete=False)) == ()
+    (some,) = advise(report_of(alone, selection="Measured 1 of 6 tensors."))
+    assert (some.level, "in every tensor that was measured" in some.what) == ("warning", True)
 
 
-def test_nothing_to_say_about_a_sound_merge() -> None:
-    assert advise(report_of(layer_with())) == ()
+def test_an_expert_that_gains_nothing_is_named() -> None:
+    (finding,) = advise(report_of(with_losses(1.2, 0.1), with_losses(0.9, 0.2)))
+    assert finding.what.startswith("plain has a mean loss of 1.05")
+    assert "larger weight" in finding.remedy
+    assert advise(report_of(with_losses(0.99, 0.1))) == ()
+    (finding,) = advise(report_of(with_losses(3.0, 2.0)))
+    assert finding.what.startswith("every expert has a mean loss above 1 (the smallest is 2)")
+    assert "lambda" in finding.remedy
+
+
+def test_a_sound_merge_has_no_findings() -> None:
+    assert advise(report_of(tensor_with())) == ()
+
+
+class Named(NamedTuple):
+    name: str
+
+
+@pytest.mark.parametrize(
+    ("count", "layers"),
+    [(1, [4]), (2, [0, 9]), (3, [0, 4, 9]), (10, list(range(10))), (99, list(range(10)))],
+)
+def test_a_sample_is_spread_over_the_depth_of_every_layer_type(count: int, layers: list[int]) -> None:
+    names = [Named(f"model.layers.{i}.{kind}.weight") for i in range(10) for kind in ("q_proj", "up_proj")]
+    chosen = sample([Named("embed.weight"), *names, Named("head.weight")], count)
+    expected = [f"model.layers.{i}.{kind}.weight" for i in layers for kind in ("q_proj", "up_proj")]
+    assert [tensor.name for tensor in chosen] == ["embed.weight", *expected, "head.weight"]
 
 
 @pytest.mark.parametrize(
@@ -127,9 +144,9 @@ def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text
 
 
-def test_measuring_needs_neither_matplotlib_nor_rich() -> None:
+def test_measuring_does_not_import_matplotlib() -> None:
     script = (
-        "import sys; sys.modules['matplotlib'] = sys.modules['rich'] = None; "
+        "import sys; sys.modules['matplotlib'] = None; "
         "from mergekit_ace.report import advise, inspect_recipe, summarize, write_csv, write_json"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

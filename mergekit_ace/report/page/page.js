@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const table = document.getElementById("layers");
+  const table = document.getElementById("tensors");
   const body = table.tBodies[0];
   const rows = [...body.rows];
   const headings = [...table.tHead.rows[0].cells];
@@ -26,21 +26,21 @@
   });
 
   const query = document.getElementById("query");
-  const branch = document.getElementById("branch");
+  const treatment = document.getElementById("treatment");
   const shown = document.getElementById("shown");
   const filter = () => {
     const words = query.value.toLowerCase().split(/\s+/).filter(Boolean);
     let count = 0;
     for (const row of rows) {
       const name = row.cells[0].textContent.toLowerCase();
-      const keep = words.every((word) => name.includes(word)) && (!branch.value || row.cells[1].textContent === branch.value);
+      const keep = words.every((word) => name.includes(word)) && (!treatment.value || row.cells[1].textContent === treatment.value);
       row.hidden = !keep;
       count += keep;
     }
     shown.textContent = `${count} of ${rows.length}`;
   };
   query.addEventListener("input", filter);
-  branch.addEventListener("input", filter);
+  treatment.addEventListener("input", filter);
   query.form.addEventListener("submit", (event) => event.preventDefault());
 
   const spectrum = document.getElementById("spectrum");

@@ -11,9 +11,9 @@ from mergekit_ace.report.plots.experts import losses_by_depth, shares_by_depth
 from mergekit_ace.report.plots.heterogeneity import heterogeneity_by_depth, heterogeneity_by_kind
 from mergekit_ace.report.plots.interference import interference_matrices
 from mergekit_ace.report.plots.look import style
-from mergekit_ace.report.plots.spectra import layers_to_show, spectra
+from mergekit_ace.report.plots.spectra import spectra
 
-__all__ = ["FIGURES", "figures", "layers_to_show", "spectra", "style"]
+__all__ = ["FIGURES", "figures", "spectra", "style"]
 
 FIGURES: Mapping[str, Callable[[Report], Figure | None]] = {
     "heterogeneity-by-depth": heterogeneity_by_depth,
@@ -21,7 +21,7 @@ FIGURES: Mapping[str, Callable[[Report], Figure | None]] = {
     "shares-by-depth": shares_by_depth,
     "losses-by-depth": losses_by_depth,
     "interference": interference_matrices,
-    "spectra": lambda report: spectra(layers_to_show(report), report.experts),
+    "spectra": lambda report: spectra(report.tensors, report.experts),
 }
 """Name of the file -> what draws it."""
 

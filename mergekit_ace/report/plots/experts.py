@@ -1,4 +1,4 @@
-"""What every expert brings to the layers of a model, and what it loses in them."""
+"""Each expert's share of the updates, and its loss, over the depth of a model."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from matplotlib.figure import Figure
 
 from mergekit_ace.report.model import ExpertReport, Report
 from mergekit_ace.report.naming import short_names
-from mergekit_ace.report.plots.look import INK, MARKERS, clip, colour_of, new_axes, whole_numbers
-from mergekit_ace.report.summary import compared_layers
+from mergekit_ace.report.plots.look import INK, LEGEND_COLUMNS, MARKERS, clip, colour_of, new_axes, whole_numbers
+from mergekit_ace.report.summary import compared
 
 
 def shares_by_depth(report: Report) -> Figure | None:
-    """Each expert's mean share of the trace, stacked, by depth."""
-    return _by_depth(report, "Expert shares by depth", "share of the trace", lambda e: e.trace_share, stacked=True)
+    """Each expert's mean share of the updates' energy, stacked, by depth."""
+    title = "Share of the updates' energy by depth"
+    return _by_depth(report, title, "share of energy", lambda e: e.energy_share, stacked=True)
 
 
 def losses_by_depth(report: Report) -> Figure | None:
-    """Each expert's mean loss by depth: 0 is nothing lost, 1 is as far as the base."""
-    figure = _by_depth(report, "What the merge costs each expert, by depth", "loss", lambda e: e.loss, stacked=False)
+    """Each expert's mean loss by depth: 0 where its outputs are kept, 1 where the merge is as far as the base."""
+    figure = _by_depth(report, "Loss of each expert by depth", "loss", lambda e: e.loss, stacked=False)
     if figure is not None:
         axes = figure.axes[0]
         axes.axhline(1.0, color=INK, linewidth=1, linestyle=":")
@@ -33,15 +34,15 @@ def losses_by_depth(report: Report) -> Figure | None:
 def _by_depth(
     report: Report, title: str, label: str, value: Callable[[ExpertReport], float | None], *, stacked: bool
 ) -> Figure | None:
-    depths = sorted({layer.depth for layer in compared_layers(report) if layer.depth is not None})
+    depths = sorted({tensor.depth for tensor in compared(report) if tensor.depth is not None})
     means: dict[str, list[float]] = {name: [] for name in report.experts}
     for depth in depths:
-        layers = [layer for layer in compared_layers(report) if layer.depth == depth]
+        tensors = [tensor for tensor in compared(report) if tensor.depth == depth]
         for name in report.experts:
-            values = [value(e) for layer in layers for e in layer.experts if e.expert == name]
+            values = [value(e) for tensor in tensors for e in tensor.experts if e.expert == name]
             known = [number for number in values if number is not None]
-            # A stack must add up to 1: an expert that is left out of a layer has no share in it.
-            count = len(layers) if stacked else len(known)
+            # A stack must add up to 1: an expert that is left out of a tensor has no share in it.
+            count = len(tensors) if stacked else len(known)
             means[name].append(sum(known) / count if known else (0.0 if stacked else math.nan))
     if not depths or all(math.isnan(number) for series in means.values() for number in series):
         return None
@@ -62,5 +63,5 @@ def _by_depth(
     axes.set_xlabel("layer")
     axes.set_ylabel(label)
     axes.set_title(title)
-    figure.legend(loc="outside lower center", ncols=3)
+    figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS)
     return figure

@@ -1,4 +1,4 @@
-"""How the experts are in each other's way, pair by pair."""
+"""Overlap and alignment of the experts, pair by pair."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from matplotlib.figure import Figure
 from mergekit_ace.report.model import Report
 from mergekit_ace.report.naming import short_names
 from mergekit_ace.report.plots.look import INK, MOST_ENTRIES, WIDTH, clip
-from mergekit_ace.report.summary import compared_layers
+from mergekit_ace.report.summary import compared
 
 
 def interference_matrices(report: Report) -> Figure | None:
-    """Overlap of input subspaces and alignment of task vectors of every pair of experts, averaged over the layers."""
+    """Overlap of input subspaces and alignment of task vectors of every pair of experts, averaged over the tensors."""
     names = report.experts
     overlap = _mean_pairs(report, "overlap")
     alignment = _mean_pairs(report, "alignment")
     if overlap is None or alignment is None:
         return None
     short = short_names(names)
-    figure = Figure(figsize=(WIDTH, 1.4 + 0.42 * len(names)))
-    left, right = figure.subplots(1, 2)
-    _matrix(left, overlap, [clip(short[name]) for name in names], "Overlap of input subspaces", "Blues", 0.0)
-    _matrix(right, alignment, [clip(short[name]) for name in names], "Alignment of task vectors", "RdBu_r", -1.0)
-    right.set_yticklabels([])
+    labels = [clip(short[name], 16) for name in names]
+    # One above the other: side by side the numbers are too small for a phone.
+    figure = Figure(figsize=(WIDTH, 1.8 + 0.84 * len(names)))
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    _matrix(upper, overlap, labels, "Overlap of input subspaces", "Blues", 0.0)
+    _matrix(lower, alignment, labels, "Alignment of task vectors", "RdBu_r", -1.0)
     return figure
 
 
@@ -34,12 +35,12 @@ def _mean_pairs(report: Report, field: str) -> list[list[float]] | None:
     index = {name: i for i, name in enumerate(report.experts)}
     total = [[0.0] * len(index) for _ in index]
     count = [[0] * len(index) for _ in index]
-    for layer in compared_layers(report):
-        if layer.interference is None:
+    for tensor in compared(report):
+        if tensor.interference is None:
             continue
-        pairs: tuple[tuple[float, ...], ...] = getattr(layer.interference, field)
-        for row, first in zip(pairs, layer.experts, strict=True):
-            for number, second in zip(row, layer.experts, strict=True):
+        pairs: tuple[tuple[float, ...], ...] = getattr(tensor.interference, field)
+        for row, first in zip(pairs, tensor.experts, strict=True):
+            for number, second in zip(row, tensor.experts, strict=True):
                 total[index[first.expert]][index[second.expert]] += number
                 count[index[first.expert]][index[second.expert]] += 1
     if not any(number for row in count for number in row):

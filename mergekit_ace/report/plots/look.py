@@ -14,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from mergekit_ace.printable import printable
 
-# Okabe and Ito's colours, told apart with any colour vision; then matplotlib's own for more experts than that.
+# Okabe and Ito's colours, distinct for any colour vision; then matplotlib's own for more experts than that.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
 INK = "#30343b"
@@ -28,11 +28,11 @@ _STYLE: Mapping[Any, Any] = {
     "axes.titlecolor": INK,
     "axes.axisbelow": True,
     "figure.constrained_layout.use": True,
-    "font.size": 9.5,
+    "font.size": 10,
     "grid.color": "#e6e8eb",
     "grid.linewidth": 0.8,
     "legend.frameon": False,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": 9,
     "savefig.dpi": 200,
     "svg.fonttype": "none",
     "text.color": INK,
@@ -40,8 +40,11 @@ _STYLE: Mapping[Any, Any] = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-WIDTH = 6.4  # inches; narrow, so that the text is still readable on a phone
-MOST_ENTRIES = 12  # of a legend
+WIDTH = 4.6
+"""Inches. The width of a phone at a point a pixel, so that the text of a picture is as large there as it is set."""
+MOST_ENTRIES = 12
+"""Of a legend."""
+LEGEND_COLUMNS = 2
 
 
 @contextmanager
@@ -81,7 +84,7 @@ def colour_of(index: int) -> str:
     return _COLOURS[index] if index < len(_COLOURS) else f"C{index % 10}"
 
 
-def clip(text: str, most: int = 28) -> str:
+def clip(text: str, most: int = 24) -> str:
     """The end of a name is what tells it from others."""
     text = printable(text)
     return text if len(text) <= most else f"…{text[1 - most :]}"

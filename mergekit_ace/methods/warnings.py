@@ -1,0 +1,52 @@
+"""Warnings of a merge in mergekit's log: each cause once a merge, not once a tensor nor once a process."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+
+LOG = logging.getLogger("mergekit_ace")
+
+# What mergekit calls the groups that it checks once, before it plans the tensors of a merge.
+_SLICE = re.compile(r"\.slices\[\d+\]$")
+
+
+class MergeWarnings:
+    """Logs the first message of each cause of a merge; thread-safe, one for each merge method.
+
+    mergekit tells a method neither where a merge begins nor where it ends. A merge begins where mergekit checks the
+    inputs of whole models, where a tensor without a name is merged, and where a tensor is merged that this merge has
+    merged already.
+    """
+
+    def __init__(self) -> None:
+        self._logged: set[str] = set()
+        self._tensors: set[str] = set()
+        self._lock = threading.Lock()
+
+    def inputs_checked(self, group_name: str | None) -> None:
+        """Told that mergekit has checked the inputs of a group: a tensor, by its name, or all of a slice or model."""
+        if group_name is None or _SLICE.search(group_name):
+            with self._lock:
+                self._begin()
+
+    def merging(self, tensor: str | None) -> None:
+        """A tensor is about to be merged."""
+        with self._lock:
+            if tensor is None or tensor in self._tensors or not self._tensors:
+                self._begin()
+            if tensor is not None:
+                self._tensors.add(tensor)
+
+    def warn(self, cause: str, message: str) -> None:
+        """Warn, unless a message of the same cause was logged in this merge."""
+        with self._lock:
+            if cause in self._logged:
+                return
+            self._logged.add(cause)
+        LOG.warning("%s Logged once a merge; -v logs every tensor.", message)
+
+    def _begin(self) -> None:
+        self._logged.clear()
+        self._tensors.clear()

@@ -89,6 +89,26 @@ def core_space(updates: Sequence[Factors]) -> CoreSpace:
     return CoreSpace(left=left, right=right.mT, cores=tuple(cores))
 
 
+def output_space(updates: Sequence[Factors]) -> CoreSpace:
+    """The updates in the coordinates that their outputs share alone, their inputs as they are: `V = I`, `[p, n]` cores.
+
+    For merges by measured second moments of the inputs, which reach beyond the row space of the updates: the merged
+    update has the columns of the updates, but rows of its own.
+
+    Args:
+        updates: `[m, r_t]` and `[r_t, n]`.
+    """
+    first = updates[0]
+    ones = first.left.new_ones((first.left.shape[0], 1))
+    left, columns = torch.linalg.qr(torch.cat([*(update.left for update in updates), ones], dim=1))
+    cores, start = [], 0
+    for update in updates:
+        cores.append(columns[:, start : start + update.rank] @ update.right)
+        start += update.rank
+    n = first.right.shape[1]
+    return CoreSpace(left=left, right=torch.eye(n, dtype=left.dtype, device=left.device), cores=tuple(cores))
+
+
 def task_vectors_of(space: CoreSpace, experts: Sequence[Expert], *, name: str) -> TaskVectors:
     """The cores as task vectors of a base of zeros, for every method to run on."""
     coordinates = Coordinates(

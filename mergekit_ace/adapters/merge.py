@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ace.adapters.core_space import CoreSpace, core_space, task_vectors_of
+from mergekit_ace.adapters.core_space import CoreSpace, core_space, output_space, task_vectors_of
 from mergekit_ace.adapters.model import Factors, Place
 from mergekit_ace.adapters.request import Request
 from mergekit_ace.adapters.tensors import AdapterError
@@ -17,6 +17,7 @@ from mergekit_ace.adapters.truncation import Rank, Truncation, input_weight, out
 from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.methods.advice import log_messages
+from mergekit_ace.methods.measured_moments import measured_moments_of_adapters
 from mergekit_ace.methods.warnings import MergeWarnings
 from mergekit_ace.printable import printable
 
@@ -152,10 +153,14 @@ class AdapterMerge:
     ) -> _Part:
         """One matrix by the method."""
         method = self._request.method
-        space = core_space([_turn(each.factors) if turned else each.factors for each in updates])
+        factors = [_turn(each.factors) if turned else each.factors for each in updates]
+        measured = measured_moments_of_adapters(
+            name, place.stored_shape, [each.adapter for each in updates], parameters, self._warnings.warn
+        )
+        space = core_space(factors) if measured is None else output_space(factors)
         experts = [
-            Expert(name=each.adapter, tensor=core, weight=each.weight)
-            for each, core in zip(updates, space.cores, strict=True)
+            Expert(name=each.adapter, tensor=core, weight=each.weight, measured=measured[t] if measured else None)
+            for t, (each, core) in enumerate(zip(updates, space.cores, strict=True))
         ]
         task_vectors = task_vectors_of(space, experts, name=name)
         scale = method.scale(parameters)

@@ -94,9 +94,7 @@ class LayerwiseMethod(GroupMergeMethod):
         """
 
     def needs_entries(self, parameters: Mapping[str, Any]) -> str | None:
-        """Why the merge depends on more than the factors of updates, and cannot be had from them; None: it can."""
-        if parameters.get("moments"):
-            return "measured second moments are not taken in a merge of adapters alone. Remove moments, or --adapter"
+        """Why the merge depends on single entries of a matrix, and cannot be had from factors; None: it can."""
         return None
 
     def scale(self, parameters: Mapping[str, Any]) -> float:

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mergekit_ace.matrix.expert import Expert
-from mergekit_ace.moments.index import MomentsError
+from mergekit_ace.matrix.expert import Expert, MeasuredMoment
+from mergekit_ace.moments.index import MeasuredTensor, MomentsError
 from mergekit_ace.moments.load import MomentsFolder, open_moments
 
 LOG = logging.getLogger("mergekit_ace")
@@ -36,32 +36,81 @@ def with_measured_moments(
     """
     if not parameters.get("moments"):
         return tuple(experts)
-    folder = open_moments(Path(parameters["moments"]))
-    measured_as = {expert.name: folder.expert(expert.name) for expert in experts}
-    _require_some(folder, measured_as)
-    tensor = folder.tensor(name, base, input_first=parameters["input_axis"] == "first")
-    if tensor is None:
-        LOG.info("%s: no measured second moments, estimated from the task vectors", name)
+    found = _found(name, base.shape, {expert.name: expert.weight > 0 for expert in experts}, parameters, warn)
+    if found is None:
         return tuple(experts)
+    folder, tensor, known = found
+    folder.require_base(name, tensor, base)
     result = []
     for expert in experts:
-        known_as = measured_as[expert.name]
         measured = None
-        if known_as is not None:
-            measured = folder.measured(name, tensor, known_as, expert.tensor)
-        if known_as is None and expert.weight > 0:
-            warn(
-                f"moments of {expert.name}",
-                f"{folder.folder} has no second moments of {expert.name}, which keeps the estimate from its task "
-                f"vector; it has those of {', '.join(folder.index.experts)}",
-            )
+        if (known_as := known[expert.name]) is not None:
+            folder.require_expert(name, known_as, expert.tensor)
+            measured = folder.measured(tensor, known_as)
         result.append(replace(expert, measured=measured))
     return tuple(result)
 
 
-def _require_some(folder: MomentsFolder, measured_as: Mapping[str, str | None]) -> None:
-    if not any(measured_as.values()):
+def measured_moments_of_adapters(
+    name: str, shape: Sequence[int], adapters: Sequence[str], parameters: Mapping[str, Any], warn: Warn
+) -> list[MeasuredMoment | None] | None:
+    """Each adapter's moment of the inputs of one weight; None where none is measured.
+
+    The base's weight is not at hand, so that of the base no more than the shape is compared.
+
+    Args:
+        name: of the weight.
+        shape: of the base's weight, as stored.
+        adapters: by name, or their paths.
+        parameters: of the recipe.
+        warn: as of `with_measured_moments`.
+
+    Raises:
+        MomentsError: as `with_measured_moments`; or the moments were measured by the experts themselves.
+    """
+    if not parameters.get("moments"):
+        return None
+    found = _found(name, shape, dict.fromkeys(adapters, True), parameters, warn)
+    if found is None:
+        return None
+    folder, tensor, known = found
+    if folder.index.by == "expert":
+        raise MomentsError(
+            f"{folder.folder} was measured by the experts themselves (--by expert), which cannot be told from others "
+            "by their factors. Measure the moments by the base, or merge without --adapter"
+        )
+    moments = [None if (known_as := known[a]) is None else folder.measured(tensor, known_as) for a in adapters]
+    return moments if any(moment is not None for moment in moments) else None
+
+
+def _found(
+    name: str, shape: Sequence[int], experts: Mapping[str, bool], parameters: Mapping[str, Any], warn: Warn
+) -> tuple[MomentsFolder, MeasuredTensor, Mapping[str, str | None]] | None:
+    """The folder, what it has of a tensor, and the name in it of each expert; None where it has nothing of the tensor.
+
+    Args:
+        name: of the tensor.
+        shape: as stored.
+        experts: name -> whether it has a part in the merge.
+        parameters: of the recipe.
+        warn: told once of each expert that keeps its estimates.
+    """
+    folder = open_moments(Path(parameters["moments"]))
+    known = {expert: folder.expert(expert) for expert in experts}
+    if not any(known.values()):
         raise MomentsError(
             f"{folder.folder} has second moments of {', '.join(folder.index.experts)}, none of which is an expert of "
-            f"this recipe: {', '.join(measured_as)}. Measure them on the models of this recipe, or remove moments"
+            f"this recipe: {', '.join(experts)}. Measure them on the models of this recipe, or remove moments"
         )
+    for expert, takes_part in experts.items():
+        if known[expert] is None and takes_part:
+            warn(
+                f"moments of {expert}",
+                f"{folder.folder} has no second moments of {expert}, which keeps the estimate from its task vector; it "
+                f"has those of {', '.join(folder.index.experts)}.",
+            )
+    tensor = folder.tensor(name, shape, input_first=parameters["input_axis"] == "first")
+    if tensor is None:
+        LOG.info("%s: no measured second moments, estimated from the task vectors", name)
+        return None
+    return folder, tensor, known

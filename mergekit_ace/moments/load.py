@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -39,21 +40,25 @@ class MomentsFolder:
         found = exact or last
         return found[0] if len(found) == 1 else None
 
-    def tensor(self, name: str, base: Tensor, *, input_first: bool) -> MeasuredTensor | None:
+    def tensor(self, name: str, shape: Sequence[int], *, input_first: bool) -> MeasuredTensor | None:
         """What was measured of a tensor of the merged model; None where nothing was.
 
         Args:
             name: of the tensor.
-            base: the base's weight, as stored.
+            shape: of the base's weight, as stored.
             input_first: what the recipe says of how it is stored.
 
         Raises:
-            MomentsError: it was measured on another weight.
+            MomentsError: it was measured on a weight of another shape, or along the other axis.
         """
         measured = self.index.tensors.get(name)
         if measured is None:
             return None
-        self._require(measured.base, base, f"{name} of the base", f"the base {self.index.base}")
+        if measured.base.shape != tuple(shape):
+            raise MomentsError(
+                f"{name} must have the shape that the moments in {self.folder} were measured on, "
+                f"{measured.base.shape}; got {tuple(shape)}. Measure them on the models of this recipe"
+            )
         if measured.input_first != input_first:
             stored, said = ("first", "last") if measured.input_first else ("last", "first")
             raise MomentsError(
@@ -62,23 +67,47 @@ class MomentsFolder:
             )
         return measured
 
-    def measured(self, name: str, tensor: MeasuredTensor, expert: str, weight: Tensor) -> MeasuredMoment | None:
-        """An expert's moment; None where too few of its tokens came to this matrix.
+    def require_base(self, name: str, tensor: MeasuredTensor, base: Tensor) -> None:
+        """Refuse a base that the moments were not measured on.
 
         Args:
             name: of the tensor.
             tensor: what `tensor` gave.
+            base: the base's weight, as stored.
+
+        Raises:
+            MomentsError: it has other values.
+        """
+        self._require(tensor.base, base, f"{name} of the base", f"the base {self.index.base}")
+
+    def require_expert(self, name: str, expert: str, weight: Tensor) -> None:
+        """Refuse an expert that the moments were not measured on, where it was itself run to measure them.
+
+        Args:
+            name: of the tensor.
             expert: what `expert` gave.
             weight: the expert's weight, as stored.
 
         Raises:
-            MomentsError: the file is damaged, or the moments were measured on another expert.
+            MomentsError: it has other values.
+        """
+        entry = self.index.experts[expert]
+        if name in entry.weights:
+            self._require(entry.weights[name], weight, f"{name} of the expert {expert}", entry.model)
+
+    def measured(self, tensor: MeasuredTensor, expert: str) -> MeasuredMoment | None:
+        """An expert's moment; None where too few of its tokens came to this matrix.
+
+        Args:
+            tensor: what `tensor` gave.
+            expert: what `expert` gave.
+
+        Raises:
+            MomentsError: the file is damaged.
         """
         entry = self.index.experts[expert]
         if tensor.input not in entry.inputs:
             return None
-        if name in entry.weights:
-            self._require(entry.weights[name], weight, f"{name} of the expert {expert}", entry.model)
         return MeasuredMoment(factor=self._read(entry, tensor), error=entry.inputs[tensor.input].error)
 
     def _read(self, entry: MeasuredExpert, tensor: MeasuredTensor) -> Tensor:
@@ -98,11 +127,6 @@ class MomentsFolder:
         return factor
 
     def _require(self, measured: Fingerprint, weight: Tensor, what: str, model: str) -> None:
-        if measured.shape != tuple(weight.shape):
-            raise MomentsError(
-                f"{what} must have the shape that the moments in {self.folder} were measured on, {measured.shape}; got "
-                f"{tuple(weight.shape)}. Measure them on the models of this recipe"
-            )
         if not measured.matches(fingerprint(weight)):
             raise MomentsError(
                 f"{what} is not the weight that the moments in {self.folder} were measured on ({model}): it has other "

@@ -18,6 +18,7 @@ from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.files import check_files
 from mergekit_ace.recipe.findings import Finding, by_severity
 from mergekit_ace.recipe.kinship import check_kinship
+from mergekit_ace.recipe.measured import check_moments
 from mergekit_ace.recipe.paths import check_paths
 from mergekit_ace.recipe.plan import Plan, planned
 from mergekit_ace.recipe.quantized import check_quantization
@@ -117,6 +118,7 @@ def _of_plan(plan: Plan) -> Iterator[Finding]:
     yield from check_precision(plan)
     yield from check_treatments(plan)
     yield from check_kinship(plan)
+    yield from check_moments(plan)
 
 
 def _errors(findings: list[Finding]) -> bool:

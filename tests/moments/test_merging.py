@@ -8,8 +8,10 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from mergekit_ace.cli import main
 from mergekit_ace.matrix.expert import Expert, MeasuredMoment
@@ -83,7 +85,7 @@ def test_the_moments_change_the_merge_and_the_folder_may_move(make: Make) -> Non
 
 
 def test_adapters(make: Make) -> None:
-    """`base+adapter` experts, measured by the base and by each of them."""
+    """`base+adapter` experts, measured by the base and by each of them; merged whole, and to an adapter."""
     scene = make("llama")
     targets = ["q_proj", "down_proj"]
     models = []
@@ -105,6 +107,16 @@ def test_adapters(make: Make) -> None:
         touched = any(target in name for target in targets)
         assert torch.equal(base[name], one[name]) != touched
     assert not torch.equal(one["model.layers.2.mlp.down_proj.weight"], two["model.layers.2.mlp.down_proj.weight"])
+    result = merge(scene, "adapter", "--adapter", moments="by-base")
+    assert result.exit_code == 0, result.output
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(scene.suite.base.path), scene.folder / "adapter"
+    )
+    loaded = model.merge_and_unload().state_dict()
+    for name in base:
+        torch.testing.assert_close(loaded[name], one[name], rtol=0, atol=1e-5)
+    result = merge(scene, "refused", "--adapter", moments="by-expert")
+    assert "was measured by the experts themselves (--by expert), which cannot be told from others" in result.output
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -243,3 +255,20 @@ def test_inspect_measures_the_merge_by_moments(make: Make) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     (layer,) = [layer for layer in json.loads(file.read_text())["layers"] if layer["name"] == name]
     assert layer["merged"]["norm"] == pytest.approx(float((merged[name] - base[name]).norm()), rel=1e-4)
+
+
+def test_check_tells_what_the_moments_are_of(make: Make) -> None:
+    """The folder that is missing, an expert without moments, moments of another base."""
+    scene = make("llama", update=Update.EVEN, scale=0.1)
+    measured(scene, "expert0")
+    assert merge(scene).exit_code == 0
+    check = ["check", str(scene.folder / "with-moments.yml")]
+
+    def told() -> str:
+        return " ".join(CliRunner().invoke(main, check).output.split())
+
+    assert f"moments has no moments of {scene.suite.experts[1].path}" in told()
+    change(scene, scene.suite.base.path, "model.layers.0.self_attn.q_proj.weight")
+    assert "model.layers.0.self_attn.q_proj.weight of the base is not the weight that the moments in" in told()
+    (scene.folder / "moments").rename(scene.folder / "elsewhere")
+    assert "error: parameter moments must be a folder that mergekit-ace moments wrote" in told()

@@ -1,0 +1,83 @@
+"""A recipe's `moments`: whether the folder is there, whose moments it has, and of which base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mergekit_ace.methods.layerwise import LayerwiseMethod
+from mergekit_ace.moments.index import MomentsError
+from mergekit_ace.moments.load import MomentsFolder, open_moments
+from mergekit_ace.recipe.failures import READING
+from mergekit_ace.recipe.findings import Finding
+from mergekit_ace.recipe.plan import Plan, PlannedTensor
+
+# Of the weights that moments were measured on, so many are compared; the merge compares all.
+_SAMPLES = 6
+
+
+def check_moments(plan: Plan) -> Iterator[Finding]:
+    """Moments that are not there, or of other models; experts and matrices that keep their estimates."""
+    if not isinstance(plan.method, LayerwiseMethod):
+        return
+    folders: dict[str, list[PlannedTensor]] = {}
+    for tensor in plan.tensors:
+        folder = tensor.shared_parameters.get("moments")
+        header = tensor.header(tensor.base) if tensor.base and tensor.reads(tensor.base) else None
+        if not folder or header is None:
+            continue
+        treated = plan.method.treat(tensor.name, header.shape, tensor.vocabulary_axis, tensor.shared_parameters)
+        if treated.kind in ("matrix", "stack"):
+            folders.setdefault(folder, []).append(tensor)
+    for path, tensors in folders.items():
+        try:
+            yield from _of_folder(plan, open_moments(Path(path)), tensors)
+        except MomentsError as error:
+            yield Finding(level="error", what=str(error), remedy="Run mergekit-ace moments with this recipe.")
+
+
+def _of_folder(plan: Plan, folder: MomentsFolder, tensors: list[PlannedTensor]) -> Iterator[Finding]:
+    known = {str(expert): folder.expert(str(expert)) for expert in plan.experts}
+    unknown = [name for name in folder.index.experts if name not in known.values()]
+    if unknown:
+        yield Finding(
+            level="warning",
+            what=f"{folder.folder} has moments of {', '.join(unknown)}, of which the recipe has no expert",
+            remedy="Measure the moments with this recipe, if one of its experts is meant.",
+        )
+    without = [expert for expert, name in known.items() if name is None]
+    if without:
+        yield Finding(
+            level="hint" if any(known.values()) else "error",
+            what=f"{folder.folder} has no moments of {', '.join(without)}",
+            remedy="They keep the estimates from their task vectors; give mergekit-ace moments prompts of them.",
+        )
+    measured = [tensor for tensor in tensors if tensor.name in folder.index.tensors]
+    if len(measured) < len(tensors):
+        yield Finding(
+            level="hint",
+            what=f"{len(tensors) - len(measured)} of {len(tensors)} matrices have no measured moments "
+            f"({next(tensor.name for tensor in tensors if tensor not in measured)} for one)",
+            remedy="They keep the estimates from their task vectors.",
+        )
+    for tensor in measured[:: max(1, len(measured) // _SAMPLES)]:
+        _require_base(folder, tensor)
+
+
+def _require_base(folder: MomentsFolder, tensor: PlannedTensor) -> None:
+    """Refuse moments of another base.
+
+    Raises:
+        MomentsError: it is another one.
+    """
+    assert tensor.base is not None
+    try:
+        base = tensor.read(tensor.base)
+    except READING:
+        return  # said by the checks of the files
+    if base is None:
+        return
+    first = tensor.shared_parameters["input_axis"] == "first"
+    entry = folder.tensor(tensor.name, base.shape, input_first=first)
+    if entry is not None:
+        folder.require_base(tensor.name, entry, base)

@@ -10,8 +10,8 @@ import mergekit_ace
 ROOT = Path(__file__).parent
 # Whole checkpoints, commands, processes, environments. What is left runs in about a minute.
 SLOW = (
-    *("benchmarks", "cli", "demo", "device/test_multi_gpu.py", "end_to_end", "examples", "fuzz"),
-    *("output", "packaging", "recipe", "report", "robustness", "zoo"),
+    *("adapters", "benchmarks", "cli", "demo", "device/test_multi_gpu.py", "end_to_end", "engine", "examples", "fuzz"),
+    *("moments", "packaging", "recipe", "report", "robustness", "zoo"),
 )
 
 

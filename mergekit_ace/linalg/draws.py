@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,12 @@ def normal_numbers(rows: int, columns: int, *, like: Tensor) -> Tensor:
     mergekit's multi-GPU worker runs within `with torch.device(...)`: a factory call without a device would make its
     tensor there, and a generator of the CPU cannot fill it.
     """
+    return _drawn(rows, columns, like.dtype, like.device)
+
+
+# The matrices of a model have few shapes: drawing and moving these numbers for each costs more than the products.
+@functools.lru_cache(maxsize=4)
+def _drawn(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator(device="cpu").manual_seed(_SEED)
-    drawn = torch.randn((rows, columns), generator=generator, dtype=like.dtype, device="cpu")
-    return drawn.to(like.device)
+    drawn = torch.randn((rows, columns), generator=generator, dtype=dtype, device="cpu")
+    return drawn.to(device)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from mergekit_ace.linalg.draws import normal_numbers
-from mergekit_ace.linalg.precision import squared_norm
+from mergekit_ace.linalg.precision import squared_norm, squared_norms
 from mergekit_ace.linalg.symmetric import gram
 
 _OVERSAMPLING = 8
@@ -14,7 +16,9 @@ _OVERSAMPLING = 8
 _CLEARLY_FULL_RANK = 1e-4
 
 
-def orthonormal_factors(matrix: Tensor, *, most: int, tolerance: float) -> tuple[Tensor, Tensor] | None:
+def orthonormal_factors(
+    matrix: Tensor, *, most: int, tolerance: float, likely: bool = False
+) -> tuple[Tensor, Tensor] | None:
     """`matrix = U Y` with orthonormal columns in `U`, when its numerical rank is at most `most`.
 
     Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 53(2), 2011, Algorithm 4.1, with a fixed
@@ -25,6 +29,7 @@ def orthonormal_factors(matrix: Tensor, *, most: int, tolerance: float) -> tuple
         matrix: `[m, n]`; overwritten.
         most: largest rank that is of use.
         tolerance: largest `||matrix - U Y||_F` that counts as rounding.
+        likely: the rank is expected to be low, so that those few rows are not worth their look.
 
     Returns:
         `U` `[m, r]` and `Y` `[r, n]`, or None when no `r <= most` reaches the tolerance.
@@ -33,18 +38,14 @@ def orthonormal_factors(matrix: Tensor, *, most: int, tolerance: float) -> tuple
     width = most + _OVERSAMPLING
     if width >= min(m, n):
         return None
-    if _corner_is_full(matrix[: 2 * width], most):
+    if not likely and _corner_is_full(matrix[: 2 * width], most):
         return None
-    total = squared_norm(matrix)
-    probe = normal_numbers(n, width, like=matrix)
-    basis: Tensor = torch.linalg.qr(matrix @ probe).Q
+    basis: Tensor = torch.linalg.qr(matrix @ normal_numbers(n, width, like=matrix)).Q
     rows = basis.mT @ matrix
-    if total - squared_norm(rows) > _CLEARLY_FULL_RANK * total:
-        return None
     eigenvalues, vectors = torch.linalg.eigh(gram(rows.mT.double()))
-    kept = eigenvalues.flip(0).clamp(min=0).sqrt() > tolerance / width**0.5
-    rank = int(kept.sum())
-    if rank > most:
+    total, *energies = torch.cat([squared_norms([matrix]), eigenvalues]).tolist()
+    rank = sum(energy > tolerance**2 / width for energy in energies)
+    if rank > most or total - sum(energies) > _CLEARLY_FULL_RANK * total:
         return None
     turn = vectors.flip(1)[:, :rank].to(matrix.dtype)
     basis = basis @ turn
@@ -53,32 +54,31 @@ def orthonormal_factors(matrix: Tensor, *, most: int, tolerance: float) -> tuple
     return (basis, rows) if squared_norm(residual) <= tolerance**2 else None
 
 
-def captured_energy(matrix: Tensor, directions: int) -> float:
-    """Share of `||matrix||_F^2` in its top `directions` singular directions, in `[0, 1]`; 1 for a zero matrix.
+def top_energies(matrices: Iterable[Tensor], directions: int) -> list[float]:
+    """`||.||_F^2` of each matrix in its top `directions` singular directions.
 
     The energy of the top directions of `Q^T X`, with `Q` the range of `X X^T X` times random columns of a fixed seed,
-    a few more than asked for: within a percent of the exact share on flat spectra, exact to rounding where the rank is
-    no larger. Source: as `orthonormal_factors`, Algorithm 4.4 with one step.
+    a few more than asked for: within a percent of the exact energy on flat spectra, exact to rounding where the rank is
+    no larger, and exact for matrices with few more sides than directions. Source: as `orthonormal_factors`, Algorithm
+    4.4 with one step. The host waits for a device as often as for one matrix.
 
     Args:
-        matrix: `[m, n]`, unchanged.
+        matrices: at least one, all `[m, n]`; unchanged, and none is kept.
         directions: at least 1.
     """
-    total = squared_norm(matrix)
-    width = directions + _OVERSAMPLING
-    if total == 0 or width >= min(matrix.shape):
-        return 1.0 if total == 0 or directions >= min(matrix.shape) else _exact_share(matrix, directions)
-    probe = normal_numbers(matrix.shape[1], width, like=matrix)
-    basis: Tensor = torch.linalg.qr(matrix @ probe).Q
+    small = torch.stack([_sketched_gram(matrix, directions + _OVERSAMPLING) for matrix in matrices])
+    eigenvalues = torch.linalg.eigvalsh(small).clamp(min=0)
+    energies: list[float] = eigenvalues[:, -directions:].sum(dim=1).tolist()
+    return energies
+
+
+def _sketched_gram(matrix: Tensor, width: int) -> Tensor:
+    """`[width, width]` float64, with the top eigenvalues of `X X^T`; all of them where `width` is no saving."""
+    if width >= min(matrix.shape):
+        return gram(matrix if matrix.shape[0] > matrix.shape[1] else matrix.mT).double()
+    basis: Tensor = torch.linalg.qr(matrix @ normal_numbers(matrix.shape[1], width, like=matrix)).Q
     basis = torch.linalg.qr(matrix @ (matrix.mT @ basis)).Q
-    energies = torch.linalg.eigvalsh(gram((basis.mT @ matrix).mT).double())
-    return min(1.0, float(energies[-directions:].clamp(min=0).sum()) / total)
-
-
-def _exact_share(matrix: Tensor, directions: int) -> float:
-    smaller = gram(matrix if matrix.shape[0] > matrix.shape[1] else matrix.mT).double()
-    energies = torch.linalg.eigvalsh(smaller).clamp(min=0)
-    return min(1.0, float(energies[-directions:].sum() / energies.sum()))
+    return gram((basis.mT @ matrix).mT).double()
 
 
 def _corner_is_full(rows: Tensor, most: int) -> bool:

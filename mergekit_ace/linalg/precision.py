@@ -91,19 +91,30 @@ def _multiplies_in_full(device: torch.device) -> bool:
 
 def squared_norm(matrix: Tensor) -> float:
     """Squared Frobenius norm `||X||_F^2`, accumulated in float64 so that no float32 entry can over- or underflow it."""
-    total = torch.zeros((), dtype=torch.float64, device=matrix.device)
-    for block in blocks(matrix):
-        values = block.flatten().double()
-        total += torch.dot(values, values)
-    return float(total)
+    return float(squared_norms([matrix]))
 
 
 def inner_product(left: Tensor, right: Tensor) -> float:
     """Frobenius inner product `<X, Y>`, accumulated in float64."""
+    return float(inner_products([(left, right)]))
+
+
+def squared_norms(matrices: Sequence[Tensor]) -> Tensor:
+    """`squared_norm` of each, `[count]` float64 on their device: what the host reads at once it waits for once."""
+    return inner_products([(matrix, matrix) for matrix in matrices])
+
+
+def inner_products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """`inner_product` of each pair, as `squared_norms`."""
+    return torch.stack([_inner_product(left, right) for left, right in pairs])
+
+
+def _inner_product(left: Tensor, right: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=left.device)
     for ours, theirs in zip(blocks(left), blocks(right), strict=True):
-        total += torch.dot(ours.flatten().double(), theirs.flatten().double())
-    return float(total)
+        values = ours.flatten().double()
+        total += torch.dot(values, values if left is right else theirs.flatten().double())
+    return total
 
 
 def all_finite(tensor: Tensor) -> bool:

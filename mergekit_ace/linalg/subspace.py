@@ -22,6 +22,8 @@ class SingularTriples:
     """`U_k`, `[m, k]`, orthonormal columns."""
     singular_values: Tensor
     """`[k]`, float64, descending, positive."""
+    on_host: tuple[float, ...]
+    """The same numbers. They decide how many there are, so the host has read them."""
     right: Tensor
     """`V_k`, `[n, k]`, orthonormal columns."""
 
@@ -31,7 +33,7 @@ class DominantSubspace:
     """The top `k` singular triples of a matrix, as far as merging needs them."""
 
     singular_values: Tensor
-    """`[k]` float64, descending; zero beyond the numerical rank."""
+    """`[k]` float64, descending; zero beyond the numerical rank; on the CPU."""
     partial_isometry: Tensor
     """`U_k V_k^T`, `[m, n]`, in the dtype of the input; directions beyond the numerical rank are left out."""
 
@@ -53,6 +55,7 @@ def singular_triples(matrix: Tensor, k: int, *, floor: float = 0.0) -> SingularT
     return SingularTriples(
         left=triples.left.to(matrix.dtype),
         singular_values=triples.singular_values,
+        on_host=triples.on_host,
         right=triples.right.to(matrix.dtype),
     )
 
@@ -64,8 +67,8 @@ def dominant_subspace(matrix: Tensor, k: int, *, floor: float = 0.0) -> Dominant
     input: both have orthonormal columns, so nothing amplifies their rounding.
     """
     triples = singular_triples(matrix, k, floor=floor)
-    singular_values = triples.singular_values.new_zeros(k)
-    singular_values[: len(triples.singular_values)] = triples.singular_values
+    singular_values = torch.zeros(k, dtype=torch.float64, device="cpu")
+    singular_values[: len(triples.on_host)] = torch.tensor(triples.on_host, dtype=torch.float64, device="cpu")
     return DominantSubspace(singular_values=singular_values, partial_isometry=triples.left @ triples.right.mT)
 
 
@@ -86,18 +89,26 @@ def _precise_triples(matrix: Tensor, k: int, floor: float) -> SingularTriples:
     """The triples in float64 throughout."""
     if matrix.shape[0] > matrix.shape[1]:
         flipped = _precise_triples(matrix.mT, k, floor)
-        return SingularTriples(left=flipped.right, singular_values=flipped.singular_values, right=flipped.left)
+        return SingularTriples(
+            left=flipped.right,
+            singular_values=flipped.singular_values,
+            on_host=flipped.on_host,
+            right=flipped.left,
+        )
     precise = matrix.double()
     if matrix.dtype == torch.float64:
         left, singular_values, right = torch.linalg.svd(precise, full_matrices=False)
     else:
         eigenvalues, vectors = torch.linalg.eigh(gram(precise.mT))
         left, singular_values, right = vectors.flip(1), eigenvalues.flip(0).clamp(min=0).sqrt(), None
-    least = (_RANK_TOLERANCE[matrix.dtype] * singular_values[:1]).clamp(min=floor)
-    k = int((singular_values[:k] > least).sum())
+    numbers = singular_values[: max(1, k)].tolist()
+    least = max(floor, _RANK_TOLERANCE[matrix.dtype] * numbers[0]) if numbers else floor
+    on_host = tuple(number for number in numbers[:k] if number > least)
+    k = len(on_host)
     left, singular_values = left[:, :k], singular_values[:k]
     return SingularTriples(
         left=left,
         singular_values=singular_values,
+        on_host=on_host,
         right=(precise.mT @ left) / singular_values if right is None else right[:k].mT,
     )

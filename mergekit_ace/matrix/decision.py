@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mergekit_ace.linalg.low_rank import captured_energy
+from mergekit_ace.linalg.low_rank import top_energies
 from mergekit_ace.matrix.bounds import effective_experts, longest_allowed
 from mergekit_ace.matrix.options import CovarianceOptions, HeterogeneityStatistic
 from mergekit_ace.matrix.task_vectors import TaskVectors
@@ -126,9 +126,9 @@ def low_rank_share(task_vectors: TaskVectors) -> float:
     # Share of a full-rank error of independent entries that falls into the span of so many directions of each side.
     within = directions * (m + n - directions) / (m * n)
     mean = 0.0
-    for t, share in enumerate(task_vectors.shares):
-        energy, rounding = task_vectors.energies[t], task_vectors.rounding_energy(t)
-        held = captured_energy(task_vectors.task_vector(t), directions) * energy
+    top = top_energies((task_vectors.task_vector(t) for t in range(len(task_vectors))), directions)
+    measured = zip(task_vectors.shares, task_vectors.energies, top, task_vectors.rounding_energies(), strict=True)
+    for share, energy, held, rounding in measured:
         genuine = max(energy - rounding, _LEAST_GENUINE * energy)
         mean += share * min(1.0, max(0.0, held - within * rounding) / genuine) / len(task_vectors)
     return min(1.0, max(0.0, (mean - _MOST) / (_NEARLY_ALL - _MOST)))

@@ -79,7 +79,8 @@ def assemble_dense(task_vectors: TaskVectors, options: CovarianceOptions, decisi
         if mean_row is not None:
             task_vectors.add_to_every_row_(rows, mean_row, factor=-1)
         smaller = gram(rows.mT if wide else rows)
-        moment = regularize(task_vectors, t, options, decision, gram_side=smaller)
+        squared = squared_norm(smaller) if options.needs_moment_norms else None
+        moment = regularize(task_vectors, t, options, decision, squared=squared)
         moments.append(moment)
         weight = share * moment.scale
         if wide:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mergekit_ace.linalg.precision import inner_product
+from mergekit_ace.linalg.precision import inner_product, squared_norm
 from mergekit_ace.linalg.symmetric import add_to_diagonal_, gram
 from mergekit_ace.matrix.decision import Decision
 from mergekit_ace.matrix.dense import DenseEquations
@@ -41,7 +41,8 @@ def assemble_measured(task_vectors: TaskVectors, options: CovarianceOptions, dec
     for t, share in enumerate(task_vectors.shares):
         rows = task_vectors.task_vector(t)
         proxy = gram(rows)
-        moment = regularize(task_vectors, t, options, decision, gram_side=proxy)
+        squared = squared_norm(proxy) if options.needs_moment_norms else None
+        moment = regularize(task_vectors, t, options, decision, squared=squared)
         add_to_diagonal_(proxy.mul_(moment.scale), moment.ridge)
         measured = task_vectors.experts[t].measured
         if measured is not None:

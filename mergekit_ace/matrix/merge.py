@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor
 
-from mergekit_ace.linalg.precision import squared_norm
+from mergekit_ace.linalg.precision import inner_products
 from mergekit_ace.matrix.bounds import scale_factor
 from mergekit_ace.matrix.decision import Decision, decide
 from mergekit_ace.matrix.dense import assemble_dense
@@ -133,7 +133,8 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         return MatrixMerge(
             task_vector=task_vectors.mean(), decision=decision, correlation=equations.correlation, averaged=1.0
         )
-    solution = equations.solve()
+    solution, moments, correlation = equations.solve(), equations.moments, equations.correlation
+    del equations  # and what it was assembled from
     merged, refinement = solution.weight, None
     if decision.refined_directions:
         refinement = spectral_refinement(
@@ -143,10 +144,11 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
             column_basis=solution.column_basis,
         )
         merged.add_(refinement.update)
-    kept = None
-    if solution.numerator is not None:
-        kept = retention(merged, solution.numerator, equations.moments, task_vectors.shares)
-    factor = scale_factor(squared_norm(merged) ** 0.5, retention=kept, longest=decision.longest)
+    kept, others = None, [] if solution.numerator is None else [solution.numerator]
+    squared_length, *products = inner_products([(merged, other) for other in (merged, *others)]).tolist()
+    if products:
+        kept = retention(products[0], moments, task_vectors.shares)
+    factor = scale_factor(squared_length**0.5, retention=kept, longest=decision.longest)
     if factor < 1:
         merged.mul_(factor)
         refinement = refinement and refinement.times_(factor)
@@ -156,15 +158,15 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
     return MatrixMerge(
         task_vector=merged,
         decision=decision,
-        moments=tuple(equations.moments[place] for place in became),
-        ridge=relative_ridge(equations.moments, task_vectors.shares, task_vectors.shape[1]),
+        moments=tuple(moments[place] for place in became),
+        ridge=relative_ridge(moments, task_vectors.shares, task_vectors.shape[1]),
         ridge_is_fixed=options.second_moment.epsilon != "auto",
         condition=solution.condition,
         refinement=refinement,
         refinement_norm=refinement.norm if refinement else None,
         retention=kept,
         scale_factor=factor,
-        correlation=equations.correlation,
+        correlation=correlation,
         measured=task_vectors.measured,
         averaged=averaged,
     )
@@ -180,7 +182,7 @@ def assemble(task_vectors: TaskVectors, options: CovarianceOptions, decision: De
     """
     if task_vectors.measured:
         return assemble_measured(task_vectors, options, decision)
-    factors = row_factors(task_vectors, center=options.second_moment.centered)
+    factors = row_factors(task_vectors, center=options.second_moment.centered, low_rank=decision.low_rank)
     if factors is None:
         return assemble_dense(task_vectors, options, decision)
     return assemble_stacked_rows(task_vectors, factors, options, decision)

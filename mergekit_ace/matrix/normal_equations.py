@@ -16,7 +16,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mergekit_ace.linalg.precision import inner_product
 from mergekit_ace.matrix.bounds import mean_energy
 from mergekit_ace.matrix.second_moment import RegularizedMoment
 from mergekit_ace.matrix.task_vectors import TaskVectors
@@ -54,9 +53,7 @@ class Solution:
     """`sum_t a_t N_t Sbar_t`, `[m, n]`, where a bound of the retention asks for it."""
 
 
-def retention(
-    weight: Tensor, numerator: Tensor, moments: Sequence[RegularizedMoment], shares: Sequence[float]
-) -> float:
+def retention(response: float, moments: Sequence[RegularizedMoment], shares: Sequence[float]) -> float:
     """Mean response of a merged task vector `X` under the experts' second moments, relative to their own.
 
         sum_t a_t <X, D_t>_t / sum_t a_t <D_t, D_t>_t,    <X, Y>_t = tr(X Sbar_t Y^T)
@@ -65,13 +62,12 @@ def retention(
     than 1 for what responds more strongly than the experts do.
 
     Args:
-        weight: `X`, `[m, n]`.
-        numerator: `sum_t a_t N_t Sbar_t`, `[m, n]`.
+        response: `<X, sum_t a_t N_t Sbar_t>`, of the merged task vector and the numerator.
         moments: with their squared norms, or responses.
         shares: `a_t`.
     """
     own = sum(share * moment.own_response for moment, share in zip(moments, shares, strict=True))
-    return inner_product(weight, numerator) / own if own > 0 else 0.0
+    return response / own if own > 0 else 0.0
 
 
 def add_prior_(unprimed: Tensor, prior_through: Tensor, ones: Tensor | None = None) -> Tensor:

@@ -41,7 +41,7 @@ class RowFactors:
     experts: tuple[ExpertRows, ...]
 
 
-def row_factors(task_vectors: TaskVectors, *, center: bool) -> RowFactors | None:
+def row_factors(task_vectors: TaskVectors, *, center: bool, low_rank: float | None = None) -> RowFactors | None:
     """The task vectors by fewer than `n` rows in all, or None where they need `n` or more.
 
     Either because a task vector has few rows (wide layers), or because its numerical rank is low (adapters merged in
@@ -52,12 +52,14 @@ def row_factors(task_vectors: TaskVectors, *, center: bool) -> RowFactors | None
     Args:
         task_vectors: of a matrix.
         center: factor the centered task vectors.
+        low_rank: how far the updates are of low rank; None where that is not known. With 0 it is not looked for, so
+            that few rows alone count.
     """
     if task_vectors.coordinates is not None:  # cores have no rows to spare
         return None
     m, n = task_vectors.shape
     most = min(_LARGEST_RANK, n // (2 * len(task_vectors)))
-    worthwhile = min(m, n) >= _SMALLEST_SIDE
+    worthwhile = low_rank != 0 and min(m, n) >= _SMALLEST_SIDE
     eps = torch.finfo(task_vectors.dtype).eps
     blocks: list[Tensor] = []
     experts: list[ExpertRows] = []
@@ -67,7 +69,7 @@ def row_factors(task_vectors: TaskVectors, *, center: bool) -> RowFactors | None
         factors = None
         if worthwhile:
             tolerance = _ROUNDING_UNITS * eps * (task_vectors.base_norm + energy**0.5)
-            factors = orthonormal_factors(rows, most=most, tolerance=tolerance)
+            factors = orthonormal_factors(rows, most=most, tolerance=tolerance, likely=low_rank is not None)
         if factors is not None:
             basis, rows = factors
         elif height + m >= n:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
-from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.matrix.decision import Decision
 from mergekit_ace.matrix.options import CovarianceOptions
 from mergekit_ace.matrix.task_vectors import TaskVectors
@@ -36,7 +33,7 @@ class RegularizedMoment:
 
 
 def regularize(
-    task_vectors: TaskVectors, t: int, options: CovarianceOptions, decision: Decision, *, gram_side: Tensor
+    task_vectors: TaskVectors, t: int, options: CovarianceOptions, decision: Decision, *, squared: float | None
 ) -> RegularizedMoment:
     """Scale and ridge of expert `t`.
 
@@ -48,7 +45,8 @@ def regularize(
         t: which expert.
         options: fixed ridge or shrinkage.
         decision: whether to divide by the trace, and the least shrinkage.
-        gram_side: `G_t` or the smaller `X_t X_t^T`, which has the same eigenvalues but for zeros.
+        squared: `||G_t||_F^2`, or that of the smaller `X_t X_t^T`, whose eigenvalues are the same but for zeros; None
+            where nothing asks for it.
     """
     moment = options.second_moment
     measured = task_vectors.statistics[t]
@@ -56,7 +54,6 @@ def regularize(
     trace = measured.centered_energy if moment.centered else measured.energy
     if trace == 0 and (decision.trace_normalized or moment.epsilon == "auto"):
         return RegularizedMoment(scale=0.0, ridge=0.0, trace=0.0, squared_norm=0.0)
-    squared = squared_norm(gram_side) if options.needs_moment_norms else None
     if moment.epsilon != "auto":
         fixed = fixed_ridge(moment.epsilon, trace=trace, normalize=decision.trace_normalized)
         return replace(fixed, squared_norm=squared)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mergekit_ace.linalg.cholesky import cholesky_factor, solve_right
 from mergekit_ace.linalg.conditioning import largest_eigenvalue
-from mergekit_ace.linalg.precision import squared_norm
+from mergekit_ace.linalg.precision import squared_norm, squared_norms
 from mergekit_ace.linalg.symmetric import add_to_diagonal_, gram
 from mergekit_ace.matrix.decision import Decision
 from mergekit_ace.matrix.diagnostics import diagnostics_wanted
@@ -83,9 +83,12 @@ def assemble_stacked_rows(
     """
     rows, experts = factors.rows, factors.experts
     inner = gram(rows.mT)
+    squares: list[float] | list[None] = [None] * len(experts)
+    if options.needs_moment_norms:
+        own_blocks = [inner[rows_t.block, rows_t.block] for rows_t in experts]
+        squares = squared_norms(own_blocks).tolist()
     moments = tuple(
-        regularize(task_vectors, t, options, decision, gram_side=inner[rows_t.block, rows_t.block])
-        for t, rows_t in enumerate(experts)
+        regularize(task_vectors, t, options, decision, squared=squared) for t, squared in enumerate(squares)
     )
     shares = task_vectors.shares
     ridges = [share * moment.ridge for share, moment in zip(shares, moments, strict=True)]

@@ -17,55 +17,72 @@ _FIRST_LOOK = 4096
 _TWICE_ROUNDED = 1.1
 
 
-def is_stored_as(tensor: Tensor, storage: torch.dtype) -> bool:
-    """Whether every value of `tensor` is exactly representable in `storage`.
+Formats = tuple[torch.dtype, ...]
+"""The 16-bit formats that hold every value of a tensor exactly, of `COARSE_FORMATS` and in their order."""
+
+
+def first_look(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether the first few values of each tensor are exact in each of `COARSE_FORMATS`, `[tensors, formats]` bool."""
+    looks = [_first_values(tensor) for tensor in tensors]
+    return torch.stack([_round_trips(look, storage) for look in looks for storage in COARSE_FORMATS]).view(
+        len(looks), len(COARSE_FORMATS)
+    )
+
+
+def storage_formats(tensors: Sequence[Tensor], passed: Sequence[Sequence[float]]) -> list[Formats]:
+    """The 16-bit formats that hold all values of each tensor exactly; of a bfloat16 tensor its own, the coarsest.
 
     Args:
-        tensor: any shape and floating-point dtype; NaN is not representable.
-        storage: `bfloat16` or `float16`.
+        tensors: any shapes and floating-point dtypes, on one device; NaN is not representable.
+        passed: `first_look`, on the host. What passed it is read whole.
     """
-    if tensor.dtype == storage:
-        return True
-    if tensor.dtype in COARSE_FORMATS:
-        return _round_trips(tensor, storage)
-    return _round_trips(tensor.flatten()[:_FIRST_LOOK], storage) and _round_trips(tensor, storage)
+    candidates = [
+        (place, storage)
+        for place, row in enumerate(passed)
+        for storage, seems_exact in zip(COARSE_FORMATS, row, strict=True)
+        if seems_exact and (tensors[place].dtype != COARSE_FORMATS[0] or storage == COARSE_FORMATS[0])
+    ]
+    unknown = [(place, storage) for place, storage in candidates if tensors[place].dtype != storage]
+    flags = (
+        torch.stack([_round_trips(tensors[place], storage) for place, storage in unknown]).tolist() if unknown else []
+    )
+    wrong = {pair for pair, exact in zip(unknown, flags, strict=True) if not exact}
+    return [
+        tuple(storage for place, storage in candidates if place == number and (place, storage) not in wrong)
+        for number in range(len(tensors))
+    ]
 
 
-def storage_floors(base: Tensor, experts: Sequence[Tensor]) -> list[tuple[float, torch.dtype | None]]:
-    """`rounding_floor` of every expert; nothing is read twice where the base was rounded itself.
-
-    Args:
-        base: any shape.
-        experts: of the base's shape, dtype and device.
-    """
-    if base.dtype in COARSE_FORMATS:
-        # A common dtype of 16 bits is one that no tensor was promoted to: all were stored in it.
-        return [(0.0, None)] * len(experts)
-    return [rounding_floor(base, expert) for expert in experts]
-
-
-def rounding_floor(base: Tensor, expert: Tensor) -> tuple[float, torch.dtype | None]:
-    """The energy up to which `expert - base` is the rounding of the expert's coarser storage format, and that format.
+def storage_floors(
+    base: Tensor, base_formats: Formats, experts: Sequence[Formats]
+) -> list[tuple[float, torch.dtype | None]]:
+    """The energy up to which each `expert - base` is the rounding of the expert's coarser format, and that format.
 
         1.1 * ||storage(base) - base||_F^2
 
-    0 and None where the expert was not rounded to `bfloat16` or `float16`, or the base was rounded in the same way.
+    0 and None where the expert was not rounded to `bfloat16` or `float16`, or the base was rounded in the same way, or
+    has a dtype of 16 bits: a common one is one that no tensor was promoted to, so all were stored in it.
 
     Args:
         base: any shape.
-        expert: of the base's shape, dtype and device.
+        base_formats: of the base.
+        experts: of each expert.
     """
-    floor, coarsest = 0.0, None
-    for storage in COARSE_FORMATS:
-        if base.dtype != storage and is_stored_as(expert, storage) and not is_stored_as(base, storage):
-            energy = _TWICE_ROUNDED * _rounding_energy(base, storage)
-            if math.isfinite(energy) and energy > floor:
-                floor, coarsest = energy, storage
-    return floor, coarsest
+    if base.dtype in COARSE_FORMATS:
+        return [(0.0, None)] * len(experts)
+    coarser = [
+        storage for storage in COARSE_FORMATS if storage not in base_formats and any(storage in e for e in experts)
+    ]
+    energies = {storage: _TWICE_ROUNDED * _rounding_energy(base, storage) for storage in coarser}
+    floors: list[tuple[float, torch.dtype | None]] = []
+    for formats in experts:
+        known = [(energies[storage], storage) for storage in formats if math.isfinite(energies.get(storage, math.inf))]
+        floors.append(max(known, key=lambda pair: pair[0], default=(0.0, None)))
+    return floors
 
 
-def expected_rounding_energy(base: Tensor, expert: Tensor) -> float:
-    """Energy that rounding the expert to its storage format is expected to add to `expert - base`; 0 in float32.
+def expected_rounding_energies(base: Tensor, experts: Sequence[Tensor], formats: Sequence[Formats]) -> list[float]:
+    """Energy that rounding each expert to its storage format is expected to add to `expert - base`; 0 in float32.
 
         sum of ulp(x)^2 / 12 over the values that differ from the base's
 
@@ -73,24 +90,36 @@ def expected_rounding_energy(base: Tensor, expert: Tensor) -> float:
 
     Args:
         base: any shape.
-        expert: of the base's shape, dtype and device.
+        experts: of the base's shape, dtype and device.
+        formats: of each expert.
     """
-    storage = next((storage for storage in COARSE_FORMATS if is_stored_as(expert, storage)), None)
-    if storage is None:
-        return 0.0
-    information = torch.finfo(storage)
-    total = torch.zeros((), dtype=torch.float64, device=base.device)
-    for ours, theirs in zip(blocks(base), blocks(expert), strict=True):
-        # ulp(x) = eps 2^floor(log2 |x|), and frexp gives |x| = f 2^e with f in [1/2, 1)
-        exponent = torch.frexp(theirs.float()).exponent - 1
-        ulp = torch.ldexp(torch.full_like(exponent, information.eps, dtype=torch.float32), exponent)
-        ulp.clamp_(min=information.smallest_normal * information.eps).mul_(theirs != ours)
-        total += ulp.double().square().sum()
-    return float(total) / 12
+    totals = []
+    for expert, known in zip(experts, formats, strict=True):
+        total = torch.zeros((), dtype=torch.float64, device=base.device)
+        if known:
+            information = torch.finfo(known[0])
+            for ours, theirs in zip(blocks(base), blocks(expert), strict=True):
+                # ulp(x) = eps 2^floor(log2 |x|), and frexp gives |x| = f 2^e with f in [1/2, 1)
+                exponent = torch.frexp(theirs.float()).exponent - 1
+                ulp = torch.ldexp(torch.full_like(exponent, information.eps, dtype=torch.float32), exponent)
+                ulp.clamp_(min=information.smallest_normal * information.eps).mul_(theirs != ours)
+                total += ulp.double().square().sum()
+        totals.append(total)
+    if not any(formats):  # nothing to wait for
+        return [0.0] * len(totals)
+    energies: list[float] = (torch.stack(totals) / 12).tolist()
+    return energies
 
 
-def _round_trips(tensor: Tensor, storage: torch.dtype) -> bool:
-    return all(torch.equal(block.to(storage).to(tensor.dtype), block) for block in blocks(tensor))
+def _first_values(tensor: Tensor) -> Tensor:
+    """At most `_FIRST_LOOK` values, without a copy of a tensor that is not contiguous."""
+    rows = tensor if tensor.ndim < 2 else tensor[: 1 + _FIRST_LOOK // max(1, tensor[0].numel())]
+    return rows.flatten()[:_FIRST_LOOK]
+
+
+def _round_trips(tensor: Tensor, storage: torch.dtype) -> Tensor:
+    same = [(block.to(storage).to(tensor.dtype) == block).all() for block in blocks(tensor)]
+    return torch.stack(same).all()
 
 
 def _rounding_energy(tensor: Tensor, storage: torch.dtype) -> float:

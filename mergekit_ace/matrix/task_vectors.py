@@ -6,16 +6,21 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from mergekit_ace.linalg.blocks import blocks
-from mergekit_ace.linalg.precision import require_full_float32, squared_norm, working_dtype
+from mergekit_ace.linalg.precision import require_full_float32, squared_norms, working_dtype
 from mergekit_ace.matrix.coordinates import Coordinates
 from mergekit_ace.matrix.expert import Expert, difference, require_finite_update, voting_experts
-from mergekit_ace.matrix.storage import expected_rounding_energy, storage_floors
+from mergekit_ace.matrix.storage import (
+    Formats,
+    expected_rounding_energies,
+    first_look,
+    storage_floors,
+    storage_formats,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,22 +71,21 @@ class TaskVectors:
         self.dtype = working_dtype(base.dtype)
         candidates = voting_experts(experts, name=name)
         heaviest = max(expert.weight for expert in candidates)
-        statistics, summed_energy = _measure(base, candidates, heaviest, self.dtype, name, coordinates)
-        reasons = _without_information(base, candidates, statistics, self.dtype)
+        found = _measure(base, candidates, heaviest, self.dtype, name, coordinates)
+        self.base_norm = math.sqrt(found.base_energy)
+        """`||base||_F`."""
+        formats, reasons = _without_information(base, candidates, found, self.dtype)
         self.left_out: Mapping[str, str] = {expert.name: "weight 0" for expert in experts if expert.weight == 0} | {
             expert.name: reason for expert, reason in zip(candidates, reasons, strict=True) if reason is not None
         }
         """Name of every expert that has no part in the merge, and why."""
-        informative = [
-            (expert, measured)
-            for expert, measured, reason in zip(candidates, statistics, reasons, strict=True)
-            if reason is None
-        ]
-        self.experts = tuple(expert for expert, _ in informative)
-        self.statistics = tuple(measured for _, measured in informative)
+        informative = [t for t, reason in enumerate(reasons) if reason is None]
+        self.experts = tuple(candidates[t] for t in informative)
+        self.statistics = tuple(found.statistics[t] for t in informative)
+        self._formats = tuple(formats[t] for t in informative)
         weights = math.fsum(expert.weight for expert in self.experts)
         self.shares = tuple(len(self.experts) * expert.weight / weights for expert in self.experts)
-        self.energy_of_mean = summed_energy * (heaviest / weights) ** 2 if self.experts else 0.0
+        self.energy_of_mean = found.summed_energy * (heaviest / weights) ** 2 if self.experts else 0.0
         """`||sum_t a_t D_t / T||_F^2`, the squared length of the mean update."""
 
     def __len__(self) -> int:
@@ -115,14 +119,9 @@ class TaskVectors:
         m, n = self.shape
         return torch.finfo(self.dtype).eps / 2 * self.base_norm / math.sqrt(m * n) * (math.sqrt(m) + math.sqrt(n))
 
-    @cached_property
-    def base_norm(self) -> float:
-        """`||base||_F`."""
-        return math.sqrt(squared_norm(self.base))
-
-    def rounding_energy(self, t: int) -> float:
-        """Energy that rounding to the stored format is expected to have added to `D_t`."""
-        return expected_rounding_energy(self.base, self.experts[t].tensor)
+    def rounding_energies(self) -> list[float]:
+        """Energy that rounding to the stored format is expected to have added to each `D_t`."""
+        return expected_rounding_energies(self.base, [expert.tensor for expert in self.experts], self._formats)
 
     @property
     def measured(self) -> int:
@@ -148,6 +147,7 @@ class TaskVectors:
         distinct = copy(self)
         distinct.experts = tuple(self.experts[t] for t in kept)
         distinct.statistics = tuple(self.statistics[t] for t in kept)
+        distinct._formats = tuple(self._formats[t] for t in kept)
         distinct.shares = tuple(share * len(kept) / len(self) for share in shares)
         return distinct, tuple(became)
 
@@ -184,23 +184,35 @@ class TaskVectors:
         return self.sum().div_(len(self))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _OnePass:
+    """What one pass over the base and the experts gives, which the host waits for once."""
+
+    statistics: list[UpdateStatistics]
+    summed_energy: float
+    """`||sum_t w_t D_t / heaviest||_F^2`."""
+    base_energy: float
+    first_look: list[list[float]]
+    """Whether the first values of the base and of each expert are exact in the coarse formats."""
+
+
 def _without_information(
-    base: Tensor, experts: Sequence[Expert], statistics: Sequence[UpdateStatistics], dtype: torch.dtype
-) -> list[str | None]:
-    """Why each expert's update carries no information; None where it does."""
-    if not any(measured.energy > 0 for measured in statistics):
-        return ["equal to the base here"] * len(experts)
-    working = torch.finfo(dtype).eps ** 2 * squared_norm(base)
-    floors = storage_floors(base, [expert.tensor for expert in experts])
+    base: Tensor, experts: Sequence[Expert], found: _OnePass, dtype: torch.dtype
+) -> tuple[list[Formats], list[str | None]]:
+    """Each expert's `Formats`, and why its update carries no information; None where it does."""
+    if not any(update.energy > 0 for update in found.statistics):
+        return [()] * len(experts), ["equal to the base here"] * len(experts)
+    working = torch.finfo(dtype).eps ** 2 * found.base_energy
+    of_base, *formats = storage_formats([base, *(expert.tensor for expert in experts)], found.first_look)
     reasons: list[str | None] = []
-    for measured, (floor, storage) in zip(statistics, floors, strict=True):
-        if measured.energy <= working:
+    for update, (floor, storage) in zip(found.statistics, storage_floors(base, of_base, formats), strict=True):
+        if update.energy <= working:
             reasons.append("equal to the base here")
-        elif measured.energy <= floor:
+        elif update.energy <= floor:
             reasons.append(f"differs from the base here by rounding to {str(storage).removeprefix('torch.')} only")
         else:
             reasons.append(None)
-    return reasons
+    return formats, reasons
 
 
 # Rows that differ by no more than this share of their energy are equal as far as float32 differences can tell.
@@ -214,16 +226,16 @@ def _measure(
     dtype: torch.dtype,
     name: str,
     coordinates: Coordinates | None,
-) -> tuple[list[UpdateStatistics], float]:
-    """The statistics of each expert's update, and `||sum_t w_t D_t / heaviest||_F^2`, in one pass and no buffer.
+) -> _OnePass:
+    """Everything that is found in one pass, without a buffer.
 
-    Not divided by the sum of the weights: experts without information would change its rounding.
+    The sum is not divided by the sum of the weights: experts without information would change its rounding.
     """
+    count = len(experts)
     m = base.shape[0] if coordinates is None else coordinates.shape[0]
     ones = None if coordinates is None else coordinates.ones_left.double()
-    squares = base.new_zeros(len(experts), dtype=torch.float64)
-    row_sums = base.new_zeros((len(experts), base.shape[1]), dtype=torch.float64)
-    summed_square = base.new_zeros((), dtype=torch.float64)
+    squares = base.new_zeros(count + 2, dtype=torch.float64)  # of each update, of their sum, of the base
+    row_sums = base.new_zeros((count, base.shape[1]), dtype=torch.float64)
     start = 0
     for ours, *theirs in zip(blocks(base), *(blocks(expert.tensor) for expert in experts), strict=True):
         rows = slice(start, start + len(ours))
@@ -235,14 +247,24 @@ def _measure(
             precise = update.double()
             squares[t] += torch.dot(precise.flatten(), precise.flatten())
             row_sums[t] += precise.sum(dim=0) if ones is None else ones[rows] @ precise
-        precise = together.double()
-        summed_square += torch.dot(precise.flatten(), precise.flatten())
-    statistics = []
+            del update, precise
+        squares[count] += squared_norms([together])[0]
+        squares[count + 1] += squared_norms([ours])[0]
+    looks = first_look([base, *(expert.tensor for expert in experts)])
     of_means = row_sums.square().sum(dim=1) / max(1, m)
-    for expert, energy, of_mean in zip(experts, squares.tolist(), of_means.tolist(), strict=True):
+    numbers = torch.cat([squares, of_means, looks.flatten().double()]).tolist()
+    energies, (summed_energy, base_energy) = numbers[:count], numbers[count : count + 2]
+    statistics = []
+    for expert, energy, of_mean in zip(experts, energies, numbers[count + 2 : 2 * count + 2], strict=True):
         require_finite_update(energy, base, expert, name=name)
         centered = energy - of_mean
         statistics.append(
             UpdateStatistics(energy=energy, centered_energy=centered if centered > _EQUAL_ROWS * energy else 0.0)
         )
-    return statistics, float(summed_square)
+    flags, formats = numbers[2 * count + 2 :], looks.shape[1]
+    return _OnePass(
+        statistics=statistics,
+        summed_energy=summed_energy,
+        base_energy=base_energy,
+        first_look=[flags[start : start + formats] for start in range(0, len(flags), formats)],
+    )

@@ -16,16 +16,17 @@ def by_stacked_rows(m: int, n: int, experts: int) -> bool:
 def working_numbers(m: int, n: int, experts: int) -> int:
     """The most working-dtype numbers that `merge_by_covariance` holds at once beyond its inputs, for full fine-tunes.
 
-        max(3 n^2 + 6 m n, 6 m n + 10 min(m, n)^2)             solve, refinement
+        max(3 n^2 + 6 m n, 7 m n + 10 min(m, n)^2)             solve; refinement and bounds
         max(2 q^2 + q n + 2 m q + 3 m n, the same refinement)  where the q = T m rows are fewer than n
 
-    The number of experts only enters where few of them need less than the bound for many. Low-rank updates need less.
+    Of the seven, four are float64 copies of two blocks, which are whole tensors where these are small. The number of
+    experts only enters where few of them need less than the bound for many. Low-rank updates need less.
     """
     q = experts * m
     dense = 3 * n * n + 6 * m * n
     stacked_rows = 2 * q * q + q * n + 2 * m * q + 3 * m * n
     solve = stacked_rows if by_stacked_rows(m, n, experts) else dense
-    return max(solve, 6 * m * n + 10 * min(m, n) ** 2)
+    return max(solve, 7 * m * n + 10 * min(m, n) ** 2)
 
 
 def multiply_adds(m: int, n: int, experts: int) -> float:

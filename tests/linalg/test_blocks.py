@@ -5,7 +5,7 @@ import torch
 
 from mergekit_ace.linalg import blocks as module
 from mergekit_ace.linalg.blocks import blocks
-from mergekit_ace.linalg.precision import all_finite, inner_product, squared_norm
+from mergekit_ace.linalg.precision import all_finite, inner_products, squared_norm, squared_norms
 
 SHAPES = [(), (0, 5), (1,), (300_000,), (7, 100_000), (1000, 700), (3, 400, 500), (1, 1, 300_000), (2, 3, 4, 50_000)]
 
@@ -15,7 +15,8 @@ SHAPES = [(), (0, 5), (1,), (300_000,), (7, 100_000), (1000, 700), (3, 400, 500)
 def test_squared_norm_of_any_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert squared_norm(tensor) == pytest.approx(float(tensor.double().square().sum()), rel=1e-12)
-    assert inner_product(tensor, 2 * tensor) == pytest.approx(2 * squared_norm(tensor), rel=1e-12)
+    assert float(inner_products([(tensor, 2 * tensor)])) == pytest.approx(2 * squared_norm(tensor), rel=1e-12)
+    assert squared_norms([tensor, -tensor]).tolist() == 2 * [squared_norm(tensor)]
     assert sum(block.numel() for block in blocks(tensor)) == tensor.numel()
 
 

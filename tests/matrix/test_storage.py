@@ -7,7 +7,7 @@ from torch import Tensor
 
 import mergekit_ace
 from mergekit_ace.matrix.expert import Expert
-from mergekit_ace.matrix.storage import expected_rounding_energy, is_stored_as, rounding_floor
+from mergekit_ace.matrix.storage import expected_rounding_energies, first_look, storage_floors, storage_formats
 from mergekit_ace.matrix.task_vectors import TaskVectors
 
 METHODS = [method.name for method in mergekit_ace.METHODS]
@@ -21,6 +21,25 @@ def weights(shape: tuple[int, int], *, seed: int) -> Tensor:
 
 def fine_tuned(base: Tensor, *, size: float = 0.01, seed: int = 5) -> Tensor:
     return base + size * weights((base.shape[0], base.shape[1]), seed=seed)
+
+
+def formats(*tensors: Tensor) -> list[tuple[torch.dtype, ...]]:
+    return storage_formats(tensors, first_look(tensors).tolist())
+
+
+def rounding_floor(base: Tensor, expert: Tensor) -> tuple[float, torch.dtype | None]:
+    of_base, of_expert = formats(base, expert)
+    (floor,) = storage_floors(base, of_base, [of_expert])
+    return floor
+
+
+def is_stored_as(tensor: Tensor, storage: torch.dtype) -> bool:
+    return storage in formats(tensor)[0]
+
+
+def expected_rounding_energy(base: Tensor, expert: Tensor) -> float:
+    (energy,) = expected_rounding_energies(base, [expert], formats(expert))
+    return energy
 
 
 @pytest.mark.parametrize("method", METHODS)

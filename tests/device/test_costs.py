@@ -1,0 +1,60 @@
+"""How often the host waits for a matrix, and how much a device holds meanwhile."""
+
+import pytest
+import torch
+
+from mergekit_ace.linalg import draws
+from mergekit_ace.matrix.workload import working_numbers
+from tests.device.pretended import AVAILABLE, PretendedAccelerator
+from tests.family.cases import Case, cases, drawn
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch cannot be given a device in Python")
+
+# Each wait empties the queue of a device, whatever the size of the matrix: small matrices are nothing but waits.
+MOST_WAITS = 15
+WITH_LOW_RANK = 19
+SHAPES = {
+    "square": (272, 264),
+    "tall": (544, 264),
+    "wide": (264, 544),
+    "few rows": (60, 1200),
+    "few columns": (900, 40),
+}
+BYTES_OF_SCALARS = 4096
+
+
+def merged_on_a_device(
+    case: Case, shape: tuple[int, int], dtype: torch.dtype, experts: int = 3, rank: int | None = None
+) -> PretendedAccelerator:
+    draws._drawn.cache_clear()
+    base, updated = drawn(experts, *shape, dtype=dtype, rank=rank)
+    with PretendedAccelerator() as accelerator:
+        on_device = [accelerator.place(tensor, "gpu:0") for tensor in (base, *updated)]
+        case.merge(on_device[0], on_device[1:])
+    return accelerator
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_host_waits_few_times_for_a_matrix_by_default(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    default = next(cases())
+    accelerator = merged_on_a_device(default, shape, dtype)
+    assert sum(accelerator.waits.values()) <= MOST_WAITS, accelerator.waits
+    # Every further expert is waited for once, for the norm of its second moment.
+    further = merged_on_a_device(default, shape, dtype, experts=5)
+    assert sum(further.waits.values()) <= MOST_WAITS + 2, further.waits
+
+
+def test_adapters_take_a_few_more() -> None:
+    accelerator = merged_on_a_device(next(cases()), SHAPES["square"], torch.float32, rank=3)
+    assert sum(accelerator.waits.values()) <= WITH_LOW_RANK, accelerator.waits
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("experts", [2, 5])
+def test_a_covariance_merge_keeps_the_bound_of_its_memory(shape: tuple[int, int], experts: int) -> None:
+    for case in cases():
+        if str(case) in ("ace", "ace-preset=published", "actmat", "wudi"):
+            accelerator = merged_on_a_device(case, shape, torch.float32, experts)
+            bound = 4 * working_numbers(*shape, experts) + BYTES_OF_SCALARS
+            assert accelerator.peak <= bound, case

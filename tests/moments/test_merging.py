@@ -253,7 +253,7 @@ def test_inspect_measures_the_merge_by_moments(make: Make) -> None:
     result = CliRunner().invoke(main, ["inspect", str(scene.folder / "with-moments.yml"), "--json", str(file)])
     assert result.exit_code == 0, result.output
     name = "model.layers.1.mlp.up_proj.weight"
-    (layer,) = [layer for layer in json.loads(file.read_text())["layers"] if layer["name"] == name]
+    (layer,) = [layer for layer in json.loads(file.read_text())["tensors"] if layer["name"] == name]
     assert layer["merged"]["norm"] == pytest.approx(float((merged[name] - base[name]).norm()), rel=1e-4)
 
 

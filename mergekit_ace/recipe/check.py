@@ -11,6 +11,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_ace.mergekit_internals import in_recipe_order
 from mergekit_ace.recipe.adapters import check_adapters
+from mergekit_ace.recipe.buffers import check_buffers
 from mergekit_ace.recipe.configurations import check_configurations
 from mergekit_ace.recipe.cost import Cost, check_cost, estimate
 from mergekit_ace.recipe.devices import check_device
@@ -18,17 +19,19 @@ from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.files import check_files
 from mergekit_ace.recipe.findings import Finding, by_severity
 from mergekit_ace.recipe.kinship import check_kinship
+from mergekit_ace.recipe.layers import check_layers
 from mergekit_ace.recipe.measured import check_moments
 from mergekit_ace.recipe.paths import check_paths
 from mergekit_ace.recipe.plan import Plan, planned
 from mergekit_ace.recipe.quantized import check_quantization
+from mergekit_ace.recipe.raw import check_raw, is_raw
 from mergekit_ace.recipe.reading import Recipe, parse_document, read_text, understood
 from mergekit_ace.recipe.sources import is_local
 from mergekit_ace.recipe.spelling import check_filters, check_keys, check_parameter_values, check_parameters
 from mergekit_ace.recipe.tensors import check_precision, check_tensors, check_treatments
 from mergekit_ace.recipe.unused import check_unused
 from mergekit_ace.recipe.values import check_method, check_values
-from mergekit_ace.recipe.vocabularies import check_tokenizers
+from mergekit_ace.recipe.vocabularies import check_chat_template, check_ends, check_padding, check_tokenizers
 from mergekit_ace.recipe.weights import check_weights
 
 
@@ -70,6 +73,9 @@ def check_recipe(file: Path, options: MergeOptions | None = None) -> Examination
     except RecipeError as error:
         return Examination(findings=(_unplannable(error),), cost=None)
     stopping = list(_stopping(document))
+    if is_raw(document):
+        findings = [*stopping, *check_parameters(document), *check_raw(document)]
+        return Examination(findings=by_severity(findings), cost=None)
     findings = [*stopping, *check_keys(document), *check_parameters(document)]
     try:
         recipe = understood(text, document, file)
@@ -97,7 +103,8 @@ def _stopping(document: Mapping[str, Any]) -> Iterator[Finding]:
     yield from check_method(document)
     yield from check_values(document)
     yield from check_parameter_values(document)
-    yield from check_paths(document)
+    if not is_raw(document):  # mergekit-pytorch takes a file's name as it is
+        yield from check_paths(document)
 
 
 def _of_files(recipe: Recipe, options: MergeOptions) -> Iterator[Finding]:
@@ -107,14 +114,21 @@ def _of_files(recipe: Recipe, options: MergeOptions) -> Iterator[Finding]:
     yield from check_adapters(recipe, options)
     yield from check_configurations(recipe, options)
     yield from check_tokenizers(recipe)
+    yield from check_chat_template(recipe)
+    yield from check_ends(recipe)
     yield from check_device(options)
 
 
 def _of_plan(plan: Plan) -> Iterator[Finding]:
     yield from check_filters(plan)
     yield from check_weights(plan)
-    yield from check_tensors(plan)
-    yield from check_unused(plan)
+    layers = list(check_layers(plan))
+    yield from layers
+    if not layers:  # or each tensor of a layer beyond the end would be a finding of its own
+        yield from check_tensors(plan)
+        yield from check_unused(plan)
+    yield from check_buffers(plan)
+    yield from check_padding(plan)
     yield from check_precision(plan)
     yield from check_treatments(plan)
     yield from check_kinship(plan)

@@ -34,12 +34,15 @@ def check_configurations(recipe: Recipe, options: MergeOptions) -> Iterator[Find
         ours, theirs = configurations[base], configurations[expert]
         if ours is None or theirs is None:
             continue
-        if ours.get("architectures") != theirs.get("architectures") and not options.allow_crimes:
-            yield Finding(
-                level="error",
-                what=f"{expert} must be of the base's architecture {_named(ours)}; got {_named(theirs)}",
-                remedy="Merge models of one architecture.",
-            )
+        if ours.get("architectures") != theirs.get("architectures"):
+            if options.allow_crimes:
+                yield _by_chance(expert, ours, theirs)
+            else:
+                yield Finding(
+                    level="error",
+                    what=f"{expert} must be of the base's architecture {_named(ours)}; got {_named(theirs)}",
+                    remedy="Merge models of one architecture.",
+                )
             continue
         shapes = _SHAPES if recipe.config.models else ()
         for key in shapes:
@@ -59,9 +62,22 @@ def check_configurations(recipe: Recipe, options: MergeOptions) -> Iterator[Find
                 )
 
 
+def _by_chance(expert: ModelReference, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Finding:
+    return Finding(
+        level="warning",
+        what=f"--allow-crimes: {expert} is a {_named(theirs)} and the base a {_named(ours)}: mergekit-yaml takes the "
+        "architecture of one of them by chance, another in every run; mergekit-ace merge takes the base's",
+        remedy=f"Say which: {{model: {{path: {expert.model.path}}}, override_architecture: {_named(ours)}}} as the "
+        "expert's model.",
+    )
+
+
 def _named(configuration: Mapping[str, Any]) -> str:
     return ", ".join(configuration.get("architectures") or ["without a name"])
 
 
 def _configuration(model: ModelReference) -> Mapping[str, Any] | None:
-    return read_json(model.model, "config.json")
+    configuration = read_json(model.model, "config.json")
+    if configuration is None or model.override_architecture is None:
+        return configuration
+    return {**configuration, "architectures": [model.override_architecture]}

@@ -174,9 +174,12 @@ def _pickle(path: Path) -> dict[str, TensorHeader]:
         ) from error
     except Exception as error:  # zip, pickle and torch each have their own
         raise RuntimeError(f"{path} must be a whole PyTorch checkpoint; {message_of(error)}") from error
-    tensors = tensors.get("state_dict", tensors)
-    return {
-        name: TensorHeader(shape=tuple(tensor.shape), dtype=tensor.dtype)
-        for name, tensor in tensors.items()
-        if isinstance(tensor, torch.Tensor)
-    }
+    held = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+    if not held or "state_dict" in tensors:
+        # mergekit lists what is in state_dict, and does not find it when it merges.
+        inner = next((key for key, value in tensors.items() if isinstance(value, dict)), "state_dict")
+        raise RuntimeError(
+            f"{path} must hold its tensors by name; it holds {', '.join(map(str, list(tensors)[:_MOST_NAMES]))}. Save them "
+            f"alone: safetensors.torch.save_file(torch.load(FILE)[{inner!r}], NEW)"
+        )
+    return {name: TensorHeader(shape=tuple(tensor.shape), dtype=tensor.dtype) for name, tensor in held.items()}

@@ -13,6 +13,7 @@ from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.policy import is_embedding
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
+from mergekit_ace.recipe.prefixes import renamed_remedy
 
 _CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = re.compile(r"\.(?:c_attn|q_attn|c_proj|c_fc)\.weight$")
@@ -40,7 +41,8 @@ def check_tensors(plan: Plan) -> Iterator[Finding]:
             elif not aligned and not plan.options.unsafe_truncate_embeddings:
                 vocabulary[model].append(f"{tensor.name} {header.shape} for {base.shape}")
     for model, names in missing.items():
-        yield Finding(level="error", what=f"{model} lacks {_some(names)}", remedy="Complete the checkpoint.")
+        why, remedy = renamed_remedy(names, plan.headers(model)) or ("", "Complete the checkpoint.")
+        yield Finding(level="error", what=f"{model} lacks {_some(names)}" + (f": {why}" if why else ""), remedy=remedy)
     for model, names in misshapen.items():
         yield Finding(
             level="error",

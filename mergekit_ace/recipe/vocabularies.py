@@ -1,13 +1,15 @@
-"""The vocabularies of a recipe's models: tokens that are numbered otherwise than the base's."""
+"""The tokenizers of a recipe's models: tokens numbered otherwise, other ends, chat templates, padded tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from mergekit.common import ModelPath
 
 from mergekit_ace.mergekit_internals import in_recipe_order
 from mergekit_ace.recipe.findings import Finding
+from mergekit_ace.recipe.plan import Plan
 from mergekit_ace.recipe.reading import Recipe
 from mergekit_ace.recipe.sources import read_json
 
@@ -30,6 +32,92 @@ def check_tokenizers(recipe: Recipe) -> Iterator[Finding]:
             "merged",
             remedy="Align them: tokenizer: {source: base}, or {source: union} to keep every token.",
         )
+
+
+def check_chat_template(recipe: Recipe) -> Iterator[Finding]:
+    """A base without a chat template under experts that have one: the merged model's tokenizer is the base's."""
+    models = in_recipe_order(recipe.config)
+    if recipe.config.chat_template or _has_chat_template(models[0].model) is not False:
+        return
+    chats = [expert for expert in models[1:] if _has_chat_template(expert.lora or expert.model)]
+    if chats:
+        yield Finding(
+            level="warning",
+            what=f"{', '.join(map(str, chats[:3]))} have a chat template and the base has none: the merged "
+            "model has the base's tokenizer, and nothing that formats a chat",
+            remedy="Add chat_template: auto to the recipe.",
+        )
+
+
+def check_ends(recipe: Recipe) -> Iterator[Finding]:
+    """Experts that end their answers with other tokens than the base: the merged model keeps the base's."""
+    models = in_recipe_order(recipe.config)
+    base = _ends(models[0].model)
+    for source in dict.fromkeys(expert.model for expert in models[1:]):
+        theirs = _ends(source)
+        if base and theirs and not theirs <= base:
+            yield Finding(
+                level="warning",
+                what=f"{source} ends with eos_token_id {_numbers(theirs)} where the base ends with {_numbers(base)}: "
+                "the merged model keeps the base's and may not know when to stop",
+                remedy="After the merge set eos_token_id in its generation_config.json to the tokens of both.",
+            )
+
+
+def check_padding(plan: Plan) -> Iterator[Finding]:
+    """Embedding tables with more rows than tokens, which a tokenizer source cuts to the tokens."""
+    config = plan.recipe.config
+    source = config.tokenizer.source if config.tokenizer is not None else config.tokenizer_source
+    if plan.base is None or source not in ("base", "union"):
+        return
+    named = [plan.base] if source == "base" else plan.models
+    vocabularies = [_vocabulary(model.lora or model.model) or _vocabulary(model.model) for model in named]
+    if any(vocabulary is None for vocabulary in vocabularies):
+        return
+    tokens = len({token for vocabulary in vocabularies for token in vocabulary or ()})
+    multiple = (config.tokenizer.pad_to_multiple_of if config.tokenizer is not None else None) or 1
+    rows = -(-tokens // multiple) * multiple
+    for tensor in plan.tensors:
+        if tensor.vocabulary_axis is None or tensor.base is None or not tensor.reads(tensor.base):
+            continue
+        header = tensor.header(tensor.base)
+        if header is not None and header.shape[tensor.vocabulary_axis] > rows:
+            held = header.shape[tensor.vocabulary_axis]
+            yield Finding(
+                level="warning",
+                what=f"{tensor.name} has {held} rows in the base for {tokens} tokens: the tokenizer source {source} "
+                f"cuts it to {rows}",
+                remedy="Nothing to do, if nothing needs the base's size. tokenizer: {pad_to_multiple_of: "
+                f"{_multiple(tokens, held)}}} keeps it; without tokenizer and tokenizer_source tables are not touched.",
+            )
+            return  # the head has the same rows
+
+
+def _has_chat_template(source: ModelPath) -> bool | None:
+    """None where the model has no tokenizer on this disk."""
+    settings = read_json(source, "tokenizer_config.json")
+    if settings is None:
+        return None
+    files = ("chat_template.jinja", "chat_template.json")
+    return bool(settings.get("chat_template")) or any(Path(source.path, name).is_file() for name in files)
+
+
+def _ends(source: ModelPath) -> frozenset[int]:
+    for name in ("generation_config.json", "config.json"):
+        ends = (read_json(source, name) or {}).get("eos_token_id")
+        if ends is not None:
+            return frozenset(ends if isinstance(ends, list) else [ends])
+    return frozenset()
+
+
+def _numbers(ends: frozenset[int]) -> str:
+    return ", ".join(map(str, sorted(ends)))
+
+
+def _multiple(tokens: int, rows: int) -> int:
+    """The largest power of two that rounds the number of tokens up to the rows; the rows where none does."""
+    powers = [1 << power for power in range(20)]
+    return next((power for power in reversed(powers) if -(-tokens // power) * power == rows), rows)
 
 
 def _vocabulary(source: ModelPath) -> Mapping[str, int] | None:

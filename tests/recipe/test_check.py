@@ -299,3 +299,92 @@ def test_a_shard_is_so_many_bytes(llama: Suite, tmp_path: Path) -> None:
     assert small is not None
     assert smaller is not None
     assert small.memory - smaller.memory == 50_000
+
+
+@pytest.mark.parametrize(
+    ("token", "words"),
+    [
+        ("_orig_mod.", "which torch.compile puts there"),
+        ("module.", "which DataParallel puts there"),
+        ("policy.", "its names begin with 'policy.'"),
+    ],
+)
+def test_names_that_are_longer_than_they_should_be(token: str, words: str, llama: Suite, tmp_path: Path) -> None:
+    expert = copy(llama, tmp_path)
+    with edit_tensors(expert / "model.safetensors") as tensors:
+        longer = {token + name: tensor for name, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(longer)
+    (error,) = found(examine(with_expert(llama, expert), tmp_path), "error")
+    assert words in error
+    assert f"name.replace({token!r}, '')" in error
+
+
+def test_layers_beyond_the_end(llama: Suite, tmp_path: Path) -> None:
+    models = [str(llama.base.path), str(llama.experts[0].path)]
+    sources = [{"model": model, "layer_range": [1, 4]} for model in models]
+    recipe = {"merge_method": "ace", "base_model": models[0], "slices": [{"sources": sources}]}
+    errors = found(examine(recipe, tmp_path), "error")
+    assert len(errors) == 2
+    assert f"layer_range must end at 3, the number of layers of {models[1]}, or before; got [1, 4]" in errors[1]
+
+
+def test_buffers_that_differ_stop_mergekit(llama: Suite, tmp_path: Path) -> None:
+    models = []
+    for number, model in enumerate([llama.base, *llama.experts]):
+        folder = Path(shutil.copytree(model.path, tmp_path / str(number)))
+        with edit_tensors(folder / "model.safetensors") as tensors:
+            tensors["model.norm.weight"] = torch.tensor([number, 7])
+        models.append(str(folder))
+    recipe = document(llama, base_model=models[0], models=[{"model": model} for model in models[1:]])
+    assert [
+        "model.norm.weight must be equal in all models" in text for text in found(examine(recipe, tmp_path), "error")
+    ]
+
+
+def test_a_chat_template_that_only_experts_have(llama: Suite, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(llama.base.path, tmp_path / "base"))
+    expert = copy(llama, tmp_path)
+    for folder in (base, expert):
+        save_tokenizer(folder, 96)
+    recipe = with_expert(llama, expert) | {"base_model": str(base)}
+    assert found(examine(recipe, tmp_path), "warning") == []
+    (expert / "chat_template.jinja").write_text("{{ messages }}")
+    (warning,) = found(examine(recipe, tmp_path), "warning")
+    assert f"{expert} have a chat template and the base has none" in warning
+    assert "chat_template: auto" in warning
+    assert found(examine(recipe | {"chat_template": "auto"}, tmp_path), "warning") == []
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    assert found(examine(recipe, tmp_path), "warning") == []
+
+
+def test_an_expert_that_ends_with_another_token(llama: Suite, tmp_path: Path) -> None:
+    expert = copy(llama, tmp_path)
+    file = expert / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [2, 7]}))
+    (warning,) = found(examine(with_expert(llama, expert), tmp_path), "warning")
+    assert f"{expert} ends with eos_token_id 2, 7 where the base ends with 2" in warning
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": 2}))
+    assert examine(with_expert(llama, expert), tmp_path).findings == ()
+
+
+def test_a_padded_table_is_cut_to_its_tokens(llama: Suite, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(llama.base.path, tmp_path / "base"))
+    save_tokenizer(base, 90)
+    recipe = with_expert(llama, llama.experts[0].path, base_model=str(base), tokenizer={"source": "base"})
+    (warning,) = found(examine(recipe, tmp_path), "warning")
+    assert "has 96 rows in the base for 90 tokens: the tokenizer source base cuts it to 90" in warning
+    assert "pad_to_multiple_of: 32" in warning
+    recipe["tokenizer"] = {"source": "base", "pad_to_multiple_of": 32}
+    assert found(examine(recipe, tmp_path), "warning") == []
+
+
+def test_architectures_mixed_by_chance(llama: Suite, tmp_path: Path) -> None:
+    expert = copy(llama, tmp_path)
+    edit_config(expert, architectures=["MistralForCausalLM"], model_type="mistral")
+    (warning,) = found(examine(with_expert(llama, expert), tmp_path, allow_crimes=True), "warning")
+    assert f"{expert} is a MistralForCausalLM and the base a LlamaForCausalLM: mergekit-yaml takes" in warning
+    assert "override_architecture: LlamaForCausalLM" in warning
+    entry = {"model": {"path": str(expert)}, "override_architecture": "LlamaForCausalLM"}
+    models = [{"model": entry}, {"model": str(llama.experts[1].path)}]
+    assert found(examine(document(llama, models=models), tmp_path, allow_crimes=True), "warning") == []

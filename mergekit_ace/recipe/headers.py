@@ -178,8 +178,9 @@ def _pickle(path: Path) -> dict[str, TensorHeader]:
     if not held or "state_dict" in tensors:
         # mergekit lists what is in state_dict, and does not find it when it merges.
         inner = next((key for key, value in tensors.items() if isinstance(value, dict)), "state_dict")
+        keys = ", ".join(map(str, list(tensors)[:_MOST_NAMES]))
         raise RuntimeError(
-            f"{path} must hold its tensors by name; it holds {', '.join(map(str, list(tensors)[:_MOST_NAMES]))}. Save them "
-            f"alone: safetensors.torch.save_file(torch.load(FILE)[{inner!r}], NEW)"
+            f"{path} must hold its tensors by name; it holds {keys}. Save them alone: "
+            f"safetensors.torch.save_file(torch.load(FILE)[{inner!r}], NEW)"
         )
     return {name: TensorHeader(shape=tuple(tensor.shape), dtype=tensor.dtype) for name, tensor in held.items()}

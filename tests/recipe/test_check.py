@@ -58,7 +58,7 @@ def test_a_sound_recipe_has_no_findings_and_a_cost(llama: Suite, tmp_path: Path)
     assert examination.cost.read == 3 * size
     assert examination.cost.written == size
     assert examination.cost.seconds is not None
-    assert 0 < examination.cost.seconds < 60
+    assert examination.cost.seconds > 0
     assert examination.cost.workspace < examination.cost.memory
 
 

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -74,7 +75,9 @@ def write_adapters(folder: Path, shapes: str, layers: int, count: int, rank: int
         (adapter / "adapter_config.json").write_text(json.dumps(config))
     recipe = folder / "recipe.yml"
     models = "".join(f"  - model: no/base+{folder}/adapter{t}\n" for t in range(count))
-    recipe.write_text(f"merge_method: ace\nbase_model: no/base\nmodels:\n{models}")
+    # Random factors have no input directions in common, and would be averaged: let every layer be solved.
+    parameters = "parameters:\n  correlation_threshold: 0\n"
+    recipe.write_text(f"merge_method: ace\nbase_model: no/base\nmodels:\n{models}{parameters}")
     return recipe
 
 
@@ -97,7 +100,7 @@ def by_full_matrices(m: int, n: int, count: int, rank: int) -> None:
     for t in range(count):
         down, up = _factors(m, n, rank, generator)
         experts.append(Expert(name=str(t), tensor=base + up @ down))
-    merged = base + merge_by_covariance(TaskVectors(base, experts), ACE).task_vector
+    merged = base + merge_by_covariance(TaskVectors(base, experts), replace(ACE, correlation_threshold=0)).task_vector
     del experts
     # As mergekit.scripts.extract_lora does it.
     left, singular_values, right = torch.linalg.svd(merged - base, full_matrices=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from mergekit_ace.adapters.request import Request
 from mergekit_ace.adapters.tensors import AdapterError
 from mergekit_ace.adapters.truncation import Rank, Truncation, input_weight, outputs_kept
 from mergekit_ace.linalg.precision import squared_norm
-from mergekit_ace.matrix.expert import Expert
+from mergekit_ace.matrix.expert import Expert, MeasuredMoment
+from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.advice import log_messages
 from mergekit_ace.methods.measured_moments import measured_moments_of_adapters
 from mergekit_ace.methods.warnings import MergeWarnings
+from mergekit_ace.policy import Treatment
 from mergekit_ace.printable import printable
 
 
@@ -61,12 +64,45 @@ class MergedWeight:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Changed:
+class Changed:
     """An adapter's update of one matrix."""
 
     adapter: str
     weight: float
     factors: Factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cores:
+    """One matrix of a weight in core space, inputs last as the method takes them.
+
+    Attributes:
+        name: how messages call it.
+        updates: of the adapters that have it.
+        space: what they share.
+        turned: the factors are those of the transposed updates.
+        measured: each adapter's measured second moment of the inputs; None where the recipe asks for none.
+    """
+
+    name: str
+    updates: tuple[Changed, ...]
+    space: CoreSpace
+    turned: bool
+    measured: Sequence[MeasuredMoment | None] | None = None
+
+    @cached_property
+    def task_vectors(self) -> TaskVectors:
+        """The cores, for every method to run on."""
+        experts = [
+            Expert(
+                name=each.adapter,
+                tensor=core,
+                weight=each.weight,
+                measured=self.measured[t] if self.measured else None,
+            )
+            for t, (each, core) in enumerate(zip(self.updates, self.space.cores, strict=True))
+        ]
+        return task_vectors_of(self.space, experts, name=self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,35 +132,70 @@ class AdapterMerge:
             FactorizationError: a system that no jitter makes positive definite.
         """
         for name, place in self._request.places.items():
-            yield self._weight(printable(name), place, self._request.parameters(name))
+            yield self._weight(place, self._request.parameters(name))
 
-    def _weight(self, name: str, place: Place, parameters: Mapping[str, Any]) -> MergedWeight:
-        method = self._request.method
+    def treat(self, place: Place, parameters: Mapping[str, Any]) -> Treatment:
+        """How a weight is merged."""
         # kohya's names are one word, in which a table cannot be told from a layer beside one; it adapts no tables.
         named = "" if self._request.adapters[0].layout == "kohya" else place.weight
-        treated = method.treat(named, place.stored_shape, 0 if place.kind == "embedding" else None, parameters)
-        changed = self._read(place, name, parameters["weight"])
+        vocabulary_axis = 0 if place.kind == "embedding" else None
+        return self._request.method.treat(named, place.stored_shape, vocabulary_axis, parameters)
+
+    def cores(self, place: Place, parameters: Mapping[str, Any], *, solved: bool) -> Iterator[Cores]:
+        """Every matrix of a weight that an adapter of positive weight updates: one, or one for each stacked expert.
+
+        Args:
+            place: the weight.
+            parameters: for it.
+            solved: the method merges it, by measured second moments where the recipe has some.
+
+        Raises:
+            AdapterError: a factor holds NaN or infinity.
+            ValueError: no weight is positive.
+        """
+        name = printable(place.weight)
+        turned = place.transposed != (parameters["input_axis"] == "first")
+        for matrix, updates in _matrices(name, place, self._read(place, name, parameters["weight"])):
+            factors = [_turn(each.factors) if turned else each.factors for each in updates]
+            measured = None
+            if solved:
+                measured = measured_moments_of_adapters(
+                    matrix, place.stored_shape, [each.adapter for each in updates], parameters, self._warnings.warn
+                )
+            yield Cores(
+                name=matrix,
+                updates=tuple(updates),
+                space=core_space(factors) if measured is None else output_space(factors),
+                turned=turned,
+                measured=measured,
+            )
+
+    def _weight(self, place: Place, parameters: Mapping[str, Any]) -> MergedWeight:
+        treated = self.treat(place, parameters)
+        having = [
+            (adapter.name, adapter.updates[place.weight].rank)
+            for adapter, weight in zip(self._request.adapters, parameters["weight"], strict=True)
+            if weight > 0 and place.weight in adapter.updates
+        ]
         report = WeightReport(
-            name=name,
+            name=printable(place.weight),
             shape=place.shape,
             treatment=treated.reason,
-            adapters=tuple(each.adapter for each in changed),
-            ranks=tuple(each.factors.rank for each in changed),
+            adapters=tuple(adapter for adapter, _ in having),
+            ranks=tuple(rank for _, rank in having),
         )
-        if treated.kind in ("base", "buffer") or not changed:
+        if treated.kind in ("base", "buffer"):
             return MergedWeight(place=place, factors=None, report=report)
-        parts = []
-        for matrix_name, updates in _matrices(name, place, changed):
-            if treated.kind == "average":
-                parts.append(self._average(matrix_name, updates, parameters))
-            else:
-                if reason := method.needs_entries(parameters):
-                    raise AdapterError(f"{name}: {reason}")
-                turned = place.transposed != (parameters["input_axis"] == "first")
-                parts.append(self._merge(matrix_name, place, updates, parameters, turned=turned))
+        solved = treated.kind in ("matrix", "stack")
+        if solved and (reason := self._request.method.needs_entries(parameters)):
+            raise AdapterError(f"{report.name}: {reason}")
+        merge_one = self._merge if solved else self._average
+        parts = [merge_one(cores, parameters) for cores in self.cores(place, parameters, solved=solved)]
         return _joined(place, parts, report, self._request.rank)
 
-    def _read(self, place: Place, name: str, weights: Sequence[float]) -> list[_Changed]:
+    def _read(self, place: Place, name: str, weights: Sequence[float]) -> list[Changed]:
+        if not any(weight > 0 for weight in weights):
+            raise ValueError(f"{name}: parameter weight must be positive for at least one adapter; got 0 for all")
         changed = []
         for adapter, weight in zip(self._request.adapters, weights, strict=True):
             update = adapter.updates.get(place.weight)
@@ -136,78 +207,57 @@ class AdapterMerge:
                     f"{name}: every factor must be finite; adapter {adapter.name} holds NaN or infinity. "
                     "Repair or replace it; nothing was merged from it"
                 )
-            changed.append(_Changed(adapter=adapter.name, weight=weight, factors=factors))
+            changed.append(Changed(adapter=adapter.name, weight=weight, factors=factors))
         return changed
 
-    def _average(self, name: str, updates: Sequence[_Changed], parameters: Mapping[str, Any]) -> _Part:
+    def _average(self, cores: Cores, parameters: Mapping[str, Any]) -> _Part:
         """`scale * sum_t w_t D_t / sum_t w_t`, over all adapters: those without the module did not change it."""
-        total = sum(weight for weight in parameters["weight"] if weight > 0)
-        space = core_space([each.factors for each in updates])
-        core = torch.zeros_like(space.cores[0])
-        for each, own in zip(updates, space.cores, strict=True):
-            core.add_(own, alpha=self._request.method.scale(parameters) * each.weight / total)
-        return self._finished(space, core)
+        scale = self._request.method.scale(parameters) / sum(parameters["weight"])
+        merged = torch.zeros_like(cores.space.cores[0])
+        for each, core in zip(cores.updates, cores.space.cores, strict=True):
+            merged.add_(core, alpha=scale * each.weight)
+        return self._finished(cores, merged, seen_by_inputs=False)
 
-    def _merge(
-        self, name: str, place: Place, updates: Sequence[_Changed], parameters: Mapping[str, Any], *, turned: bool
-    ) -> _Part:
+    def _merge(self, cores: Cores, parameters: Mapping[str, Any]) -> _Part:
         """One matrix by the method."""
-        method = self._request.method
-        factors = [_turn(each.factors) if turned else each.factors for each in updates]
-        measured = measured_moments_of_adapters(
-            name, place.stored_shape, [each.adapter for each in updates], parameters, self._warnings.warn
-        )
-        space = core_space(factors) if measured is None else output_space(factors)
-        experts = [
-            Expert(name=each.adapter, tensor=core, weight=each.weight, measured=measured[t] if measured else None)
-            for t, (each, core) in enumerate(zip(updates, space.cores, strict=True))
-        ]
-        task_vectors = task_vectors_of(space, experts, name=name)
+        method, task_vectors = self._request.method, cores.task_vectors
         scale = method.scale(parameters)
         if len(task_vectors) == 0:
             return _Part(factors=None, note="no adapter changed it")
         if len(task_vectors) == 1:
-            sole = next(each for each in updates if each.adapter == task_vectors.experts[0].name)
-            core, note = task_vectors.task_vector(0).mul_(scale), f"only {task_vectors.experts[0].name} changed it"
-        else:
-            layer = method.merge_matrix(task_vectors, parameters)
-            for cause, message in log_messages(method.evidence(task_vectors, layer, parameters)):
-                self._warnings.warn(cause, message)
-            core, note = layer.task_vector.mul_(scale), layer.describe()
-        weights = [each.weight for each in updates]
-        part = self._finished(space, core, weights=weights, note=note, turned=turned)
-        if len(task_vectors) == 1 and self._request.rank is None:
-            own = Factors(left=sole.factors.left * scale, right=sole.factors.right)
-            return replace(part, factors=own)
-        return part
+            sole = task_vectors.experts[0].name
+            part = self._finished(cores, task_vectors.task_vector(0).mul_(scale), note=f"only {sole} changed it")
+            if self._request.rank is not None:
+                return part
+            own = next(each.factors for each in cores.updates if each.adapter == sole)
+            return replace(part, factors=Factors(left=own.left * scale, right=own.right))
+        layer = method.merge_matrix(task_vectors, parameters)
+        for cause, message in log_messages(method.evidence(task_vectors, layer, parameters)):
+            self._warnings.warn(cause, message)
+        return self._finished(cores, layer.task_vector.mul_(scale), note=layer.describe())
 
-    def _finished(
-        self,
-        space: CoreSpace,
-        core: Tensor,
-        *,
-        weights: Sequence[float] | None = None,
-        note: str = "",
-        turned: bool = False,
-    ) -> _Part:
-        """Cut to the rank that is asked for, by what the experts' own inputs see where these are known (`weights`)."""
-        rank, held = self._request.rank, core
+    def _finished(self, cores: Cores, merged: Tensor, *, note: str = "", seen_by_inputs: bool = True) -> _Part:
+        """Cut to the rank that is asked for, by what the experts' own inputs see."""
+        rank, held, space = self._request.rank, merged, cores.space
         if rank is not None:
-            cut = Truncation(core, None if weights is None else input_weight(space.cores, weights))
+            weights = [each.weight for each in cores.updates]
+            cut = Truncation(merged, input_weight(space.cores, weights) if seen_by_inputs else None)
             rank = cut.rank_to_keep() if rank == "auto" else rank
             held = cut.of_rank(rank)
         factors = space.factors(held, rank)
         return _Part(
-            factors=_turn(factors) if turned else factors,
-            energy=squared_norm(core),
-            energy_lost=squared_norm(core - held),
+            factors=_turn(factors) if cores.turned else factors,
+            energy=squared_norm(merged),
+            energy_lost=squared_norm(merged - held),
             outputs_kept=tuple(outputs_kept(held, space.cores)),
             note=note,
         )
 
 
-def _matrices(name: str, place: Place, changed: Sequence[_Changed]) -> Iterator[tuple[str, list[_Changed]]]:
+def _matrices(name: str, place: Place, changed: Sequence[Changed]) -> Iterator[tuple[str, list[Changed]]]:
     """The matrices of a weight, each with its updates: one, or one for each stacked expert."""
+    if not changed:
+        return
     if place.kind != "stack":
         yield name, list(changed)
         return

@@ -37,6 +37,11 @@ class Place:
         return self.declared or f"{self.module}.weight"
 
     @property
+    def name(self) -> str:
+        """As `weight`, for what takes anything that has a tensor's name."""
+        return self.weight
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """`(m, n)` of the matrix, or of each of them, whose factors are stored; a kernel counts as inputs."""
         if self.kind == "stack":

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, TypeVar
 
 import click
 from mergekit.options import MergeOptions, add_merge_options
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from mergekit_ace.adapters.from_recipe import request_of
+from mergekit_ace.adapters.model import Place
+from mergekit_ace.adapters.request import Request
+from mergekit_ace.adapters.tensors import AdapterError
 from mergekit_ace.cli.help import Command
 from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.patterns import select_names
@@ -22,9 +27,11 @@ from mergekit_ace.report.as_csv import write_csv
 from mergekit_ace.report.as_json import write_json
 from mergekit_ace.report.inspection import assemble, inspect_tensor, spectra_of_each_type, work
 from mergekit_ace.report.model import Mode, Report, TensorReport
-from mergekit_ace.report.sampling import sample
+from mergekit_ace.report.of_adapters import assemble_adapters, inspect_adapters
+from mergekit_ace.report.sampling import Named, sample
 from mergekit_ace.report.terminal import print_summary
 
+_Tensor = TypeVar("_Tensor", bound=Named)
 _INTERRUPTED = 130
 _FILE_WIDTH = 160
 _EXIT_STATUSES = {
@@ -77,6 +84,7 @@ def _in_folder(ctx: click.Context, param: click.Parameter, value: Path | None) -
     help="Tensors whose singular values are measured and drawn, by glob pattern; may be repeated  [default with --html "
     "or --png: the middle one of each layer type]",
 )
+@click.option("--adapter", is_flag=True, help="Inspect merge --adapter: from the adapters alone, without a base")
 @add_merge_options
 def inspect(
     merge_options: MergeOptions,
@@ -89,6 +97,7 @@ def inspect(
     html_file: Path | None,
     png_folder: Path | None,
     spectra_patterns: Sequence[str],
+    adapter: bool,
 ) -> None:
     """Report what the merge of the recipe CONFIG_FILE will do, tensor by tensor; takes the options of mergekit-yaml.
 
@@ -97,13 +106,22 @@ def inspect(
     early: what was measured until then is shown and written.
     """
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
+    mode: Mode = "fast" if fast else "full"
+    drawn = bool(html_file or png_folder)
     try:
         recipe = read_recipe(config_file)
-        require_sound_inputs(recipe, merge_options)
-        with planned(recipe, merge_options) as plan:
-            chosen = _choose(plan, patterns, per_type, spectra_patterns, drawn=bool(html_file or png_folder))
-            report = _measure(plan, chosen, "fast" if fast else "full", quiet=merge_options.quiet)
-    except RecipeError as error:
+        if adapter:
+            request = request_of(recipe.config, merge_options)
+            places = _choose(
+                list(request.places.values()), _of_each_type, patterns, per_type, spectra_patterns, drawn=drawn
+            )
+            report = _measure_adapters(request, recipe.name, places, mode)
+        else:
+            require_sound_inputs(recipe, merge_options)
+            with planned(recipe, merge_options) as plan:
+                chosen = _choose(plan.tensors, spectra_of_each_type, patterns, per_type, spectra_patterns, drawn=drawn)
+                report = _measure(plan, chosen, mode, quiet=merge_options.quiet)
+    except (RecipeError, AdapterError) as error:
         raise click.ClickException(str(error)) from error
     _write(report, json_file, csv_file, html_file, png_folder)
     _show(report)
@@ -113,8 +131,9 @@ def inspect(
         raise click.exceptions.Exit(1)
 
 
-class _Chosen(NamedTuple):
-    tensors: Sequence[PlannedTensor]
+@dataclass(frozen=True)
+class _Chosen(Generic[_Tensor]):
+    tensors: Sequence[_Tensor]
     spectra: frozenset[str]
     """Names of those whose singular values are measured."""
     selection: str | None
@@ -122,13 +141,19 @@ class _Chosen(NamedTuple):
 
 
 def _choose(
-    plan: Plan, patterns: Sequence[str], per_type: int | None, spectra_patterns: Sequence[str], *, drawn: bool
-) -> _Chosen:
+    tensors: Sequence[_Tensor],
+    worth_drawing: Callable[[Sequence[_Tensor]], Sequence[_Tensor]],
+    patterns: Sequence[str],
+    per_type: int | None,
+    spectra_patterns: Sequence[str],
+    *,
+    drawn: bool,
+) -> _Chosen[_Tensor]:
     try:
-        tensors = _matching(plan.tensors, patterns)
+        chosen = _matching(tensors, patterns)
         if per_type is not None:
-            tensors = sample(tensors, per_type)
-        spectra = _matching(tensors, spectra_patterns) if spectra_patterns else spectra_of_each_type(tensors)
+            chosen = sample(chosen, per_type)
+        spectra = _matching(chosen, spectra_patterns) if spectra_patterns else worth_drawing(chosen)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     words = [
@@ -136,18 +161,32 @@ def _choose(
         *([f"{per_type} of each layer type"] if per_type is not None else []),
     ]
     return _Chosen(
-        tensors=tensors,
+        tensors=chosen,
         spectra=frozenset(tensor.name for tensor in spectra) if drawn or spectra_patterns else frozenset(),
-        selection=f"Measured {len(tensors)} of {len(plan.tensors)} tensors: {', '.join(words)}." if words else None,
+        selection=f"Measured {len(chosen)} of {len(tensors)} tensors: {', '.join(words)}." if words else None,
     )
 
 
-def _matching(tensors: Sequence[PlannedTensor], patterns: Sequence[str]) -> list[PlannedTensor]:
+def _of_each_type(places: Sequence[Place]) -> Sequence[Place]:
+    """The adapted weights whose spectra are drawn: the middle one of each layer type."""
+    return sample(places, 1)
+
+
+def _matching(tensors: Sequence[_Tensor], patterns: Sequence[str]) -> list[_Tensor]:
     names = select_names([tensor.name for tensor in tensors], patterns)
     return [tensor for tensor in tensors if tensor.name in names]
 
 
-def _measure(plan: Plan, chosen: _Chosen, mode: Mode, *, quiet: bool) -> Report:
+def _measure_adapters(request: Request, recipe: str, chosen: _Chosen[Place], mode: Mode) -> Report:
+    tensors: list[TensorReport] = []
+    try:
+        tensors.extend(inspect_adapters(request, chosen.tensors, mode, spectra=chosen.spectra))
+    except KeyboardInterrupt:
+        return assemble_adapters(request, recipe, tensors, mode, selection=chosen.selection, complete=False)
+    return assemble_adapters(request, recipe, tensors, mode, selection=chosen.selection)
+
+
+def _measure(plan: Plan, chosen: _Chosen[PlannedTensor], mode: Mode, *, quiet: bool) -> Report:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     tensors: list[TensorReport] = []

@@ -153,10 +153,10 @@ def _measured(
             task_vectors = TaskVectors(matrix.base, matrix.experts, name=matrix.name)
             part = _with(report, name=matrix.name, shape=tuple(base.shape[-2:]))
             first = not any(matrix.place)
-            yield _matrix(part, method, task_vectors, parameters, mode, with_spectra=with_spectra and first)
+            yield measure_matrix(part, method, task_vectors, parameters, mode, with_spectra=with_spectra and first)
 
 
-def _matrix(
+def measure_matrix(
     report: TensorReport,
     method: LayerwiseMethod,
     task_vectors: TaskVectors,
@@ -165,6 +165,7 @@ def _matrix(
     *,
     with_spectra: bool,
 ) -> TensorReport:
+    """A tensor's report with the norms of its task vectors and, unless the mode is `fast`, with its merge."""
     report = _with(report, **norms(task_vectors), dtype=str(working_dtype(task_vectors.base.dtype)).rpartition(".")[2])
     if not len(task_vectors):
         return _with(report, treatment="unchanged")

@@ -39,7 +39,7 @@ def compare(task_vectors: TaskVectors, merged: Tensor) -> Comparison:
         merged: `W`, `[m, n]`, working dtype.
     """
     T = len(task_vectors)
-    m, n = task_vectors.shape
+    m, n = task_vectors.buffer_shape
     tall = n <= m
     # Python's floats: a device need not have float64, and nothing here is large.
     overlap = [[float(s == t) for t in range(T)] for s in range(T)]

@@ -19,6 +19,7 @@ class _Command(NamedTuple):
 _COMMANDS = {
     "merge": _Command("mergekit_ace.cli.merge:merge", "Run a recipe as mergekit-yaml does, all or nothing."),
     "join": _Command("mergekit_ace.cli.join:join", "Join the parts of a merge that was split over machines."),
+    "verify": _Command("mergekit_ace.cli.verify:verify", "Check that a folder is the model that it says it is."),
     "inspect": _Command("mergekit_ace.cli.inspect:inspect", "Report what a merge would do, or did, layer by layer."),
     "check": _Command("mergekit_ace.cli.check:check", "Check a recipe before the merge."),
     "moments": _Command("mergekit_ace.cli.moments:moments", "Measure second moments on a few prompts."),

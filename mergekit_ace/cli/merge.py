@@ -3,33 +3,63 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import click
+import torch
 from click.core import ParameterSource
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 import mergekit_ace
 from mergekit_ace.adapters.truncation import Rank
+from mergekit_ace.cli import watching
 from mergekit_ace.cli.adapters import parse_rank, write_adapter
-from mergekit_ace.cli.failures import reported
-from mergekit_ace.engine.events import Event, Said
-from mergekit_ace.engine.making import ShardMaker
-from mergekit_ace.engine.merging import Request, Site
+from mergekit_ace.cli.failures import describe, reported
+from mergekit_ace.engine.dry_run import dry_run
+from mergekit_ace.engine.events import Event
+from mergekit_ace.engine.merging import Outcome, Request
 from mergekit_ace.engine.merging import merge as run_merge
 from mergekit_ace.engine.part import Part
-from mergekit_ace.engine.workers.inline import Inline
+from mergekit_ace.engine.workers.staffing import Staff
 from mergekit_ace.printable import printable
 from mergekit_ace.recipe.preflight import require_sound_inputs
 from mergekit_ace.recipe.reading import read_recipe
 
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
 
 def _parse_part(ctx: click.Context, param: click.Parameter, value: str | None) -> Part | None:
     try:
+        if value == "auto":
+            return Part.of_environment(os.environ)
         return None if value is None else Part.parse(value)
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
+
+
+def _parse_workers(ctx: click.Context, param: click.Parameter, value: str | None) -> int | Literal["auto"] | None:
+    if value is None or value == "auto":
+        return value  # type: ignore[return-value]
+    if not value.isdecimal() or int(value) < 1:
+        raise click.BadParameter(f"must be a number from 1 or auto; got {value!r}")
+    return int(value)
+
+
+def _parse_bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    text = value.upper().removesuffix("B")
+    number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS else (text, "")
+    try:
+        size = float(number) * _UNITS[unit]
+    except ValueError:
+        size = 0
+    if not 0 < size < 2**63:
+        raise click.BadParameter(f"must be a size such as 24G; got {value!r}")
+    return int(size)
 
 
 @click.command("merge", cls=PrettyPrintHelp)
@@ -39,7 +69,7 @@ def _parse_part(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.option(
     "--resume/--no-resume",
     default=None,
-    help="Go on with the shards that an interrupted run finished, or start over",
+    help="Go on with the files that an interrupted run finished, or start over",
 )
 @click.option(
     "--only-tensors",
@@ -50,9 +80,33 @@ def _parse_part(ctx: click.Context, param: click.Parameter, value: str | None) -
 )
 @click.option(
     "--part",
-    metavar="I/N",
+    metavar="I/N|auto",
     callback=_parse_part,
-    help="Make a part: the I-th of N, of equal cost, of the output's files",
+    help="Make a part: the I-th of N, of equal cost, of the output's files; auto takes I and N from a scheduler",
+)
+@click.option(
+    "--workers",
+    metavar="N|auto",
+    callback=_parse_workers,
+    help="Processes that share the merge; auto is one a GPU, or one for every two cores  [default: 1; auto with "
+    "--multi-gpu or --ray]",
+)
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    is_flag=False,
+    flag_value="local",
+    help="Share the merge on the Ray cluster at this address, or on a new one on this machine",
+)
+@click.option(
+    "--memory", metavar="SIZE", callback=_parse_bytes, help="Bytes for all workers of this machine, such as 24G"
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be made, and make nothing")
+@click.option(
+    "--log-json",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path, allow_dash=True),
+    help="Write what happens as lines of JSON; - is the standard output",
 )
 @click.option(
     "--check-space/--no-check-space",
@@ -81,6 +135,11 @@ def merge(
     resume: bool | None,
     patterns: Sequence[str],
     part: Part | None,
+    workers: int | Literal["auto"] | None,
+    ray: str | None,
+    memory: int | None,
+    dry_run: bool,
+    log_json: Path | None,
     check_space: bool,
     strict: bool,
     adapter: bool,
@@ -107,14 +166,15 @@ def merge(
     with reported(traceback=merge_options.verbosity > 0):
         merge_options.apply_global_options()  # type: ignore[no-untyped-call]
         mergekit_ace.register()
+        options = _on_devices(merge_options)
         recipe = read_recipe(config_file)
         if adapter:
-            write_adapter(recipe.config, config_file, out_path, merge_options, rank=rank, overwrite=overwrite)
+            write_adapter(recipe.config, config_file, out_path, options, rank=rank, overwrite=overwrite)
             return
-        warnings = require_sound_inputs(recipe, merge_options, strict=strict)
+        warnings = require_sound_inputs(recipe, options, strict=strict)
         request = Request(
             recipe=recipe,
-            options=merge_options,
+            options=options,
             out=out_path,
             shard_size=merge_options.out_shard_size if given else None,
             patterns=patterns,
@@ -124,16 +184,52 @@ def merge(
             check_space=check_space,
             strict=strict,
         )
-        outcome = run_merge(request, _employ, _show)
+        if dry_run:
+            _say_plan(request)
+            return
+        share: int | Literal["auto"] = "auto" if merge_options.multi_gpu or ray is not None else 1
+        outcome = _run(request, Staff(workers=workers or share, memory=memory, ray=ray), log_json)
         for finding in (*warnings, *outcome.lost):
             click.echo(printable(f"{finding.level}: {finding.what}\n    {finding.remedy}"), err=True)
 
 
-@contextlib.contextmanager
-def _employ(site: Site) -> Iterator[Inline]:
-    yield Inline(ShardMaker(site.plan, site.work, site.folder))
+def _on_devices(options: MergeOptions) -> MergeOptions:
+    """The options with `--multi-gpu` as what it means here: one worker a GPU."""
+    if options.multi_gpu:
+        options = options.model_copy(update={"cuda": True, "device": "cuda"})
+    if options.device is not None and options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            "--cuda and --multi-gpu need a CUDA device; torch finds none on this machine. Run without them, or see "
+            "mergekit-ace doctor"
+        )
+    return options
 
 
-def _show(event: Event) -> None:
-    if isinstance(event, Said):
-        click.echo(event.text, err=True)
+def _say_plan(request: Request) -> None:
+    click.echo(watching.plan_text(dry_run(request)))
+
+
+def _run(request: Request, staff: Staff, log: Path | None) -> Outcome:
+    quiet = request.options.quiet
+    last: dict[str, Any] = {"event": "failed", "error": "stopped"}
+    try:
+        with contextlib.ExitStack() as stack:
+            watchers = [stack.enter_context(watching.progress_line(quiet=quiet))]
+            if log is not None:
+                watchers.append(stack.enter_context(watching.json_log(log)))
+
+            def watch(event: Event) -> None:
+                for watcher in watchers:
+                    watcher(event)
+
+            outcome = run_merge(request, staff, watch)
+        last = watching.outcome_fields(outcome)
+        if not quiet and log != Path("-"):
+            click.echo(watching.summary(outcome))
+        return outcome
+    except Exception as error:
+        last["error"] = describe(error)
+        raise
+    finally:
+        if log is not None:
+            watching.log_end(log, **last)

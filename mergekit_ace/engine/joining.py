@@ -41,7 +41,7 @@ def verify(folders: Sequence[Path]) -> list[Manifest]:
     require_none("every tensor must be in one part only", "repeated", sorted({n for n in made if made.count(n) > 1}))
     require_none("parts must hold tensors of the plan", "unknown", sorted(set(made) - planned))
     for folder, manifest in zip(folders, manifests, strict=True):
-        _verify_files(folder, manifest)
+        verify_files(folder, manifest)
     return manifests
 
 
@@ -61,7 +61,12 @@ def _require_same_merge(first: Manifest, first_folder: Path, manifest: Manifest,
         raise ValueError(f"parts must have the same files; got different {different[0]} {where}")
 
 
-def _verify_files(folder: Path, manifest: Manifest) -> None:
+def verify_files(folder: Path, manifest: Manifest) -> None:
+    """Raise unless a part folder's files are as they were written.
+
+    Raises:
+        ValueError: naming the file.
+    """
     expected = {folder / TENSORS / receipt.file: receipt.sha256 for receipt in manifest.receipts if receipt.sha256}
     expected |= {folder / FILES / name: sha256 for name, sha256 in manifest.files.items()}
     for file, sha256 in expected.items():

@@ -66,7 +66,7 @@ class MergePlan(BaseModel, frozen=True, extra="forbid"):
     def key(self, shard: Shard) -> str:
         """Tells two versions of a shard apart, other than by the weights that it is made from."""
         small = {name: self.inputs[name].digest for name in sorted(self.inputs) if name not in self._weights}
-        content = {"merge": self.merge.digest, "shard": shard.model_dump(exclude={"cost"}), "inputs": small}
+        content = {"merge": self.merge.digest, "shard": shard.model_dump(exclude={"costs"}), "inputs": small}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -115,8 +115,8 @@ def plan_merge(
         tensors = tuple(output for output in group if output.name in chosen)
         if tensors:
             files = {_key(model, file) for output in tensors for model, file in by_name[output.name].files}
-            cost = sum(tensor_cost(plan, by_name[output.name]) for output in tensors)
-            shards.append(Shard(file=name, tensors=tensors, cost=cost, reads=tuple(sorted(files))))
+            costs = tuple(tensor_cost(plan, by_name[output.name]).seconds for output in tensors)
+            shards.append(Shard(file=name, tensors=tensors, costs=costs, reads=tuple(sorted(files))))
     return MergePlan(merge=merge, shards=tuple(shards), inputs=read_inputs(plan))
 
 
@@ -145,13 +145,19 @@ def require_complete(plan: Plan) -> None:
 
 def read_inputs(plan: Plan) -> dict[str, Fingerprint]:
     """Fingerprints of every file that the merge reads, by `MODEL/FILE`."""
+    files = input_files(plan)
+    return {key: fingerprint(files[key]) for key in sorted(files)}
+
+
+def input_files(plan: Plan) -> dict[str, Path]:
+    """Every file that the merge reads, by `MODEL/FILE`."""
     files: dict[str, Path] = {}
     for model in plan.models:
         folder = plan.folder(model)
         weights = {file for tensor in plan.tensors if tensor.reads(model) for at, file in tensor.files if at == model}
         files |= {_key(model, name): folder / name for name in weights}
         files |= {_key(model, file.name): file for file in describing_files(folder)}
-    return {key: fingerprint(files[key]) for key in sorted(files)}
+    return files
 
 
 def treatments(plan: Plan) -> Mapping[str, int]:

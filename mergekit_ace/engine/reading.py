@@ -11,6 +11,7 @@ from types import TracebackType
 from mergekit.common import ModelReference
 from torch import Tensor
 
+from mergekit_ace.engine.cost import tensor_cost
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
 
 LOG = logging.getLogger("mergekit_ace")
@@ -67,20 +68,15 @@ class ReadingAhead:
     def _fits(self, place: int) -> bool:
         if self._memory is None:
             return True
-        return needed(self._tensors[place - 1]) + input_bytes(self._tensors[place]) <= self._memory
-
-
-def input_bytes(tensor: PlannedTensor) -> int:
-    """Size of what is read for a tensor."""
-    output = tensor.output
-    if output is None:
-        return 0
-    return output.bytes * sum(1 for model in (tensor.base, *tensor.experts) if model is not None)
-
-
-def needed(tensor: PlannedTensor) -> int:
-    """Size of a tensor's inputs and of what its merge takes beside them."""
-    return 2 * input_bytes(tensor)
+        present, ahead = (tensor_cost(self._plan, self._tensors[at]) for at in (place - 1, place))
+        fits = present.inputs + present.workspace + ahead.inputs <= self._memory
+        if not fits:
+            LOG.warning(
+                "%s and the tensor after it do not fit into --memory together: one is read at a time",
+                self._tensors[place - 1].name,
+                extra={"cause": "memory"},
+            )
+        return fits
 
 
 def _gather(tensor: PlannedTensor) -> Gathered:

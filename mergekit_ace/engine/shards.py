@@ -36,10 +36,15 @@ class Shard(BaseModel, frozen=True, extra="forbid"):
 
     file: str
     tensors: tuple[OutputTensor, ...]
-    cost: float
-    """Estimated arithmetic and reading, in seconds of a machine of no particular kind: comparable, no more."""
+    costs: tuple[float, ...]
+    """Estimated reading and arithmetic of each tensor, in seconds of a machine of no particular kind."""
     reads: tuple[str, ...]
     """The checkpoint files that it is made from, as keys of the plan's `inputs`."""
+
+    @property
+    def cost(self) -> float:
+        """Of all its tensors."""
+        return sum(self.costs)
 
     @property
     def nbytes(self) -> int:

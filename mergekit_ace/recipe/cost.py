@@ -57,7 +57,7 @@ def estimate(plan: Plan) -> Cost:
         written += elements * (out or dtype or stored).itemsize
         inputs = len(headers) * elements * (dtype or stored).itemsize
         buffers = averaging_bytes(elements, dtype or stored)
-        matrix = _matrix(plan, tensor, headers[0].shape)
+        matrix = solved_matrices(plan, tensor, headers[0].shape)
         if matrix is not None:
             count, m, n = matrix
             experts = len(headers) - 1
@@ -98,7 +98,7 @@ def check_cost(cost: Cost) -> Iterator[Finding]:
         )
 
 
-def _matrix(plan: Plan, tensor: PlannedTensor, shape: tuple[int, ...]) -> tuple[int, int, int] | None:
+def solved_matrices(plan: Plan, tensor: PlannedTensor, shape: tuple[int, ...]) -> tuple[int, int, int] | None:
     """How many matrices are solved, and their `m` and `n`; None where none is."""
     if not isinstance(plan.method, LayerwiseMethod):
         return None

@@ -36,9 +36,7 @@ def test_files_are_filled_as_mergekit_fills_them(sizes: list[int], shard_size: i
 
 @given(st.lists(st.floats(0, 1e6), max_size=60), st.integers(1, 20))
 def test_every_file_is_in_one_part_and_parts_are_balanced(costs: list[float], count: int) -> None:
-    shards = [
-        Shard(file=f"model-{index:05d}", tensors=(), cost=cost, reads=()) for index, cost in enumerate(costs, start=1)
-    ]
+    shards = [Shard(file=f"model-{index:05d}", tensors=(), costs=(cost,), reads=()) for index, cost in enumerate(costs)]
     parts = [of_part(shards, Part(index=index, count=count)) for index in range(1, count + 1)]
     assert sorted(shard.file for part in parts for shard in part) == [shard.file for shard in shards]
     loads = [sum(shard.cost for shard in part) for part in parts]

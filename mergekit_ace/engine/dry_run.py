@@ -1,0 +1,49 @@
+"""What a merge would do, without doing it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mergekit_ace.engine.cost import tensor_cost
+from mergekit_ace.engine.merging import Request
+from mergekit_ace.engine.part import Part
+from mergekit_ace.engine.plan import plan_merge
+from mergekit_ace.engine.shards import Shard, of_part
+from mergekit_ace.recipe.plan import planned
+
+_PYTHON = 700_000_000
+"""Resident size of a process that has imported torch, transformers and mergekit, in bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """All in bytes."""
+
+    shards: tuple[Shard, ...]
+    read: int
+    written: int
+    memory: int
+    """Of each worker: the largest tensor and the next one's inputs, the shard being filled, Python."""
+    part: Part | None
+
+
+def dry_run(request: Request) -> DryRun:
+    """Plan a merge from headers; merges no adapter and writes nothing.
+
+    Raises:
+        RecipeError, ValueError, OSError: as planning the merge.
+    """
+    with planned(request.recipe, request.options, adapters_unmerged=True) as plan:
+        work = plan_merge(plan, request.options, shard_size=request.shard_size, patterns=request.patterns)
+        shards = work.shards if request.part is None else tuple(of_part(work.shards, request.part))
+        made = {tensor.name for shard in shards for tensor in shard.tensors}
+        costs = [tensor_cost(plan, tensor) for tensor in plan.tensors if tensor.name in made]
+    largest = max((cost.inputs + cost.workspace for cost in costs), default=0)
+    ahead = max((cost.inputs for cost in costs), default=0)
+    return DryRun(
+        shards=shards,
+        read=sum(cost.read for cost in costs),
+        written=sum(shard.nbytes for shard in shards),
+        memory=largest + ahead + max((shard.nbytes for shard in shards), default=0) + _PYTHON,
+        part=request.part,
+    )

@@ -16,7 +16,8 @@ from pydantic import BaseModel
 import mergekit_ace
 from mergekit_ace.engine.making import OnTensor, ShardMaker
 from mergekit_ace.engine.plan import MergePlan
-from mergekit_ace.recipe.plan import parse_recipe, planned
+from mergekit_ace.recipe.plan import planned
+from mergekit_ace.recipe.reading import parse_recipe
 
 
 class Job(BaseModel, frozen=True, extra="forbid"):

@@ -22,7 +22,7 @@ from mergekit_ace.engine.receipt import Notice, Receipt, read_receipts, write_re
 from mergekit_ace.engine.record import write_record
 from mergekit_ace.engine.shards import Shard, arranged, by_cost, of_part
 from mergekit_ace.engine.space import require_space
-from mergekit_ace.engine.workers import Workers
+from mergekit_ace.engine.workers.protocol import Workers
 from mergekit_ace.mergekit_internals import adapter_entry_name
 from mergekit_ace.recipe.adapter_cache import adapter_folder
 from mergekit_ace.recipe.findings import Finding

@@ -28,7 +28,7 @@ LOCAL = "local"
 """The address of a cluster that is to be started on this machine."""
 _MOST_CPUS = 2
 _ATTEMPTS = 3
-_PATIENCE_SECONDS = 120.0
+_PATIENCE_SECONDS = 600.0
 _NONCE = "nonce"
 
 

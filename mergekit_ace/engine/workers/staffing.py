@@ -16,9 +16,9 @@ from mergekit_ace.engine.job import Job
 from mergekit_ace.engine.making import OnTensor, ShardMaker
 from mergekit_ace.engine.merging import Site
 from mergekit_ace.engine.plan import input_files
-from mergekit_ace.engine.workers import Workers
 from mergekit_ace.engine.workers.inline import Inline
 from mergekit_ace.engine.workers.processes import Processes
+from mergekit_ace.engine.workers.protocol import Workers
 
 _CORES_A_WORKER = 2
 """Of `auto` on a CPU: a merge's products use two threads well, many less so."""

@@ -45,7 +45,8 @@ class MergeWarnings:
             if cause in self._logged:
                 return
             self._logged.add(cause)
-        LOG.warning("%s Logged once a merge; -v logs every tensor.", message)
+        # By the cause, several processes that share a merge say it once together.
+        LOG.warning("%s Logged once a merge; -v logs every tensor.", message, extra={"cause": cause})
 
     def _begin(self) -> None:
         self._logged.clear()

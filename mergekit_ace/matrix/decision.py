@@ -65,7 +65,9 @@ def decide(task_vectors: TaskVectors, options: CovarianceOptions) -> Decision:
         options: what the merge is composed of.
     """
     gate, refinement = options.gate, options.refinement
-    spread = heterogeneity(task_vectors.energies, gate.statistic if gate else "scale_free")
+    # The published statistic depends on the unit of the weights.
+    energies = [energy * task_vectors.unit**2 for energy in task_vectors.energies]
+    spread = heterogeneity(energies, gate.statistic if gate else "scale_free")
     heterogeneous = None if gate is None else spread > gate.threshold
     passes = heterogeneous is not False
     directions = int(refinement.fraction * min(task_vectors.shape)) if refinement and passes else 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
@@ -62,6 +62,11 @@ class MatrixMerge(MergeFacts):
     def facts(self) -> MergeFacts:
         """Without the tensors."""
         return MergeFacts(**{field.name: getattr(self, field.name) for field in fields(MergeFacts)})
+
+    def times_(self, unit: float) -> MatrixMerge:
+        """The merge of task vectors that were divided by `unit`, as that of the undivided ones; in place."""
+        refinement = self.refinement and self.refinement.times_(unit)
+        return replace(self, task_vector=self.task_vector.mul_(unit), refinement=refinement)
 
     def describe(self) -> str:
         """The facts above in one line, for a log."""

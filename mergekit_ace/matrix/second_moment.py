@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from mergekit_ace.matrix.decision import Decision
-from mergekit_ace.matrix.options import CovarianceOptions
+from mergekit_ace.matrix.options import CovarianceOptions, SecondMoment
 from mergekit_ace.matrix.task_vectors import TaskVectors
+
+# Ridges are multiplied by shares and entries of task vectors, and added up.
+_SUMMANDS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +53,9 @@ def regularize(
         decision: whether to divide by the trace, and the least shrinkage.
         squared: `||G_t||_F^2`, or that of the smaller `X_t X_t^T`, whose eigenvalues are the same but for zeros; None
             where nothing asks for it.
+
+    Raises:
+        ValueError: a fixed ridge beyond the range of the working dtype.
     """
     moment = options.second_moment
     measured = task_vectors.statistics[t]
@@ -55,8 +64,7 @@ def regularize(
     if trace == 0 and (decision.trace_normalized or moment.epsilon == "auto"):
         return RegularizedMoment(scale=0.0, ridge=0.0, trace=0.0, squared_norm=0.0)
     if moment.epsilon != "auto":
-        fixed = fixed_ridge(moment.epsilon, trace=trace, normalize=decision.trace_normalized)
-        return replace(fixed, squared_norm=squared)
+        return replace(_fixed(task_vectors, t, moment, decision), squared_norm=squared)
     assert squared is not None
     return shrunk_ridge(
         trace=trace,
@@ -66,6 +74,26 @@ def regularize(
         normalize=decision.trace_normalized,
         least=decision.least_shrinkage,
     )
+
+
+def _fixed(task_vectors: TaskVectors, t: int, moment: SecondMoment, decision: Decision) -> RegularizedMoment:
+    """The fixed ridge of expert `t`; where that of some expert is beyond the dtype, all are divided by the largest.
+
+    The solution does not depend on a common factor, and the residual does.
+    """
+    # `epsilon` is in units of the experts' own second moments.
+    epsilon = moment.epsilon / task_vectors.unit**2 if moment.epsilon != "auto" else 0.0
+    traces = [found.centered_energy if moment.centered else found.energy for found in task_vectors.statistics]
+    largest = epsilon / min(filter(None, traces)) if decision.trace_normalized else epsilon
+    fixed = fixed_ridge(epsilon, trace=traces[t], normalize=decision.trace_normalized)
+    if largest <= torch.finfo(task_vectors.dtype).max / (_SUMMANDS * len(task_vectors)):
+        return fixed
+    if decision.refined_residual or not math.isfinite(largest):
+        raise ValueError(
+            f"{task_vectors.name}: epsilon must leave ridges that {task_vectors.dtype} can hold; {moment.epsilon:.3g} "
+            f"makes one of {largest:.3g}. Set epsilon: auto, or a smaller one"
+        )
+    return replace(fixed, scale=fixed.scale / largest, ridge=fixed.ridge / largest)
 
 
 def relative_ridge(moments: Sequence[RegularizedMoment], shares: Sequence[float], dimensions: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from mergekit_ace.matrix.storage import (
     storage_floors,
     storage_formats,
 )
+
+# Of the largest update; leaves half of the range of float32 to its smaller eigenvalues.
+_LEAST_ENERGY = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,8 @@ class TaskVectors:
         self.name = name
         self.base = base
         self.coordinates = coordinates
+        self.unit = 1.0
+        """What the experts' own updates were divided by."""
         self.dtype = working_dtype(base.dtype)
         candidates = voting_experts(experts, name=name)
         heaviest = max(expert.weight for expert in candidates)
@@ -127,6 +132,32 @@ class TaskVectors:
     def measured(self) -> int:
         """How many experts have measured second moments."""
         return sum(expert.measured is not None for expert in self.experts)
+
+    @property
+    def suitable_unit(self) -> float:
+        """1, or a power of two near the longest update where that is far from 1.
+
+        The normal equations have products of three task vectors, which leave the range of float32 where the energies
+        are below 1e-25 or above 1e25.
+        """
+        largest = max(self.energies, default=1.0)
+        if _LEAST_ENERGY <= largest <= 1 / _LEAST_ENERGY:
+            return 1.0
+        return math.ldexp(1.0, round(math.log2(largest) / 2))
+
+    def in_units_of(self, unit: float) -> TaskVectors:
+        """The same task vectors divided by `unit`, a power of two: exact, but for numbers below float32's."""
+        scaled = copy(self)
+        scaled.unit = self.unit * unit
+        scaled.base = self.base.to(self.dtype) / unit
+        scaled.experts = tuple(replace(e, tensor=e.tensor.to(self.dtype) / unit) for e in self.experts)
+        scaled.statistics = tuple(
+            UpdateStatistics(energy=s.energy / unit**2, centered_energy=s.centered_energy / unit**2)
+            for s in self.statistics
+        )
+        scaled.base_norm = self.base_norm / unit
+        scaled.energy_of_mean = self.energy_of_mean / unit**2
+        return scaled
 
     def zeros(self, *shape: int) -> Tensor:
         """Zeros of a shape, in the working dtype, on the device of the base."""

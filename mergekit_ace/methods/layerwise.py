@@ -136,7 +136,10 @@ class LayerwiseMethod(GroupMergeMethod):
         """Merge the task vectors of one matrix, before `scale`: of at least one expert."""
         if len(task_vectors) == 1:
             return MatrixMerge(task_vector=task_vectors.task_vector(0))
-        return self.merge_matrix(task_vectors, parameters)
+        unit = task_vectors.suitable_unit
+        if unit == 1:
+            return self.merge_matrix(task_vectors, parameters)
+        return self.merge_matrix(task_vectors.in_units_of(unit), parameters).times_(unit)
 
     @torch.no_grad()
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> Tensor:
@@ -168,9 +171,11 @@ class LayerwiseMethod(GroupMergeMethod):
                 "%s %s: %s; %s %.3f s", name, tuple(base.shape), treated.reason, notes, time.perf_counter() - started
             )
         if not finite:
+            remedy = "Set a smaller lambda."
+            if merged.dtype in (torch.float16, torch.bfloat16):
+                remedy = "Set dtype: float32 (and out_dtype: bfloat16 for a small result), or a smaller lambda."
             raise ValueError(
-                f"{name}: every merged weight must be finite; the merge exceeds the range of {merged.dtype}. "
-                "Set dtype: float32 in the recipe (and out_dtype: bfloat16 for a small result), or a smaller lambda."
+                f"{name}: every merged weight must be finite; the merge exceeds the range of {merged.dtype}. {remedy}"
             )
         return merged
 

@@ -36,9 +36,10 @@ def descend_interference(task_vectors: TaskVectors, *, steps: int, learning_rate
     merged = task_vectors.zeros(m, n)
     for t, (share, energy) in enumerate(zip(task_vectors.shares, task_vectors.energies, strict=True)):
         rows = task_vectors.task_vector(t)
-        merged.add_(rows, alpha=share)
-        norm = math.sqrt(energy)
-        rows.div_(norm)
+        # The learning rate is in units of the weights, so the descent is too.
+        merged.add_(rows, alpha=share * task_vectors.unit)
+        norm = math.sqrt(energy) * task_vectors.unit
+        rows.div_(math.sqrt(energy))
         if m < n:
             add_gram_upper_(curvature, rows, scale=2 * share)
             target.addmm_(gram(rows.mT), rows, alpha=2 * share * norm)
@@ -53,4 +54,4 @@ def descend_interference(task_vectors: TaskVectors, *, steps: int, learning_rate
         merged.grad = torch.addmm(target, merged, curvature, beta=-1)
         optimizer.step()
     merged.grad = None
-    return merged
+    return merged.div_(task_vectors.unit)

@@ -11,10 +11,12 @@ __version__ = "0.1.0"
 # Public name -> the module that holds it, imported when the name is first asked for.
 _PUBLIC = {
     "METHODS": "mergekit_ace.methods",
+    "inspect": "mergekit_ace.python",
+    "merge": "mergekit_ace.python",
     "merge_adapters": "mergekit_ace.adapters.python",
 }
 
-__all__ = ["METHODS", "__version__", "merge_adapters", "register"]
+__all__ = ["METHODS", "__version__", "inspect", "merge", "merge_adapters", "register"]
 
 
 def register() -> None:

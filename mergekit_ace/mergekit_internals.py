@@ -32,6 +32,7 @@ from mergekit.merge import (
     _set_chat_template,
     _update_config_vocab,
 )
+from mergekit.merge_methods.base import MergeMethod, TensorGroup
 from mergekit.merge_methods.dtype import align_dtype
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.parameter_resolver import resolve_parameters
@@ -61,6 +62,7 @@ __all__ = [
     "WeightInfo",
     "adapter_entry_name",
     "align_dtype",
+    "bound_parameters",
     "build_tokenizer",
     "build_union_tokenizer",
     "can_convert_checkpoint_keys",
@@ -177,6 +179,16 @@ def adapter_entry_name(model: ModelReference) -> str:
     """The folder that `ModelReference.merged` makes for `base+adapter` in a cache folder."""
     assert model.lora is not None
     return f"{model.model._unique_id()}_{model.lora._unique_id()}"  # type: ignore[no-untyped-call]
+
+
+def bound_parameters(method: MergeMethod, group: TensorGroup, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parameters that a method receives for a group of tensors in memory, validated.
+
+    Raises:
+        TypeError, ValueError: as a merge by `merge_state_dicts`.
+    """
+    (bound,) = method._bind_parameters((group,), given)
+    return bound
 
 
 def execution_order(targets: Sequence[Task[Any]]) -> list[SaveTensor]:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent
 # Whole checkpoints, commands, processes, environments. What is left runs in about a minute.
 SLOW = (
     *("adapters", "benchmarks", "cli", "demo", "device/test_multi_gpu.py", "end_to_end", "engine", "examples", "fuzz"),
-    *("moments", "packaging", "recipe", "report", "robustness", "zoo"),
+    *("documentation", "moments", "packaging", "python", "recipe", "report", "robustness", "zoo"),
 )
 
 

@@ -14,7 +14,6 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_ace.cli.failures import reported
 from mergekit_ace.collecting.collect import Collected, Progress, Settings, collect
-from mergekit_ace.collecting.plausibility import described
 from mergekit_ace.collecting.prompts import Prompt, read_prompts
 from mergekit_ace.moments.load import last_part
 from mergekit_ace.recipe.failures import RecipeError
@@ -150,7 +149,5 @@ def _show(collected: Collected, out: Path) -> None:
     click.echo(f"{collected.measured} matrices measured; {out}")
     if collected.unmeasured:
         click.echo(f"{len(collected.unmeasured)} matrices keep the estimate from their task vectors (-v lists them)")
-    for line in described(collected.misplaced):
-        click.echo(f"warning: {line}.")
     for tensor, reason in collected.unmeasured.items():
         LOG.info("%s: not measured, %s", tensor, reason)

@@ -17,13 +17,11 @@ from torch import Tensor, nn
 
 from mergekit_ace.collecting.activations import InputSampler, sample_inputs
 from mergekit_ace.collecting.model import load_model, load_tokenizer, without_head
-from mergekit_ace.collecting.plausibility import misplaced_prompts
 from mergekit_ace.collecting.prompts import Prompt, PromptError
 from mergekit_ace.collecting.targets import Site, find_sites, find_targets, weight_of
 from mergekit_ace.collecting.tokens import Encoded, encode, sample
 from mergekit_ace.moments.fingerprint import Fingerprint, fingerprint
 from mergekit_ace.moments.index import MeasuredTensor
-from mergekit_ace.moments.load import MomentsFolder
 from mergekit_ace.moments.statistics import second_moment
 from mergekit_ace.moments.store import MomentsWriter
 from mergekit_ace.recipe.plan import Plan
@@ -66,13 +64,11 @@ class Collected:
         measured: matrices with moments.
         unmeasured: matrices that keep their estimates, with the reason.
         tokens: sampled, by expert.
-        misplaced: experts that respond more to the prompts of another one, with its name.
     """
 
     measured: int
     unmeasured: Mapping[str, str]
     tokens: Mapping[str, int]
-    misplaced: Mapping[str, str]
 
 
 def collect(
@@ -144,9 +140,6 @@ def collect(
         measured=len(tensors),
         unmeasured=unmeasured,
         tokens={name: sum(len(prompt.positions) for prompt in listed) for name, listed in encoded.items()},
-        misplaced=misplaced_prompts(
-            plan, MomentsFolder(out), {name: reference for name, (reference, _) in prompts.items()}
-        ),
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mergekit.merge_methods.base import TensorGroup
+from mergekit.merge_methods.base import MergeMethod, TensorGroup
 from mergekit.options import MergeOptions
 from torch import Tensor
 
@@ -118,7 +118,7 @@ def inspect_tensor(
         if inputs is None:
             return
         report = _with(report, shape=tuple(inputs.group.entries[0].tensor.shape))
-        for measured in _measured(plan, report, inputs, mode, with_spectra=with_spectra):
+        for measured in _measured(plan.method, report, inputs, mode, with_spectra=with_spectra):
             yield _with(measured, seconds=time.perf_counter() - started)
             started = time.perf_counter()
     except READING as error:
@@ -127,13 +127,27 @@ def inspect_tensor(
         )
 
 
+def inspect_inputs(method: MergeMethod, name: str, inputs: Inputs, mode: Mode) -> Iterator[TensorReport]:
+    """One tensor in memory: a report for each matrix of a stack, else one.
+
+    Raises:
+        ValueError, RuntimeError: as the merge.
+    """
+    started, where = time.perf_counter(), place(name)
+    shape = tuple(inputs.group.entries[0].tensor.shape)
+    report = TensorReport(name=name, depth=where.depth, kind=where.kind, shape=shape, treatment="failed", reason="")
+    for measured in _measured(method, report, inputs, mode, with_spectra=False):
+        yield _with(measured, seconds=time.perf_counter() - started)
+        started = time.perf_counter()
+
+
 def _measured(
-    plan: Plan, report: TensorReport, inputs: Inputs, mode: Mode, *, with_spectra: bool
+    method: MergeMethod, report: TensorReport, inputs: Inputs, mode: Mode, *, with_spectra: bool
 ) -> Iterator[TensorReport]:
     if inputs.is_buffer:
         yield _with(report, treatment="copied", reason="not floating point")
         return
-    method, group, parameters = plan.method, inputs.group, inputs.parameters
+    group, parameters = inputs.group, inputs.parameters
     if not isinstance(method, LayerwiseMethod):
         yield _foreign(report, method.spec.name, group)
         return

@@ -2,6 +2,7 @@
 # make test-oldest    the tests, with the oldest versions of what we and mergekit build on (.venv-oldest)
 # make test-mergekit  mergekit's own tests, with the plugin and without it (network: fetches their source)
 # make test-browser   the inspection's page, in Chromium
+# make docs     the pages of docs/, as site/; a dead link ends it
 # make clean    remove the environments
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test test-oldest test-mergekit test-browser lint install clean
+.PHONY: test test-oldest test-mergekit test-browser lint docs install clean
 .DEFAULT_GOAL := test
 
 test: lint
@@ -42,6 +43,13 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs-installed
+	$(BIN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs-installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[docs]'
+	touch $@
+
 install: $(VENV)/.installed
 
 # torch first and alone: what pip then resolves finds it there, and fetches no other build of it.
@@ -52,7 +60,7 @@ $(VENV)/.installed: pyproject.toml mergekit_ace_autoload.pth $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest
+	rm -rf $(VENV) .venv-oldest site
 
 # --- demo ---
 # make demo     merge four real adapters by ACE and by three other methods, and compare them

@@ -38,7 +38,7 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Of every registered method, and of the one that CONTRIBUTING.md makes up."""
+    """Of every registered method, and of the one that docs/adding-a-method.md makes up."""
     for method in (*mergekit_ace.METHODS, documented_method()):
         yield Case(method)
         for parameter in method.own_parameters:

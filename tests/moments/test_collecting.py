@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from tokenizers import normalizers
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from mergekit_ace.moments.index import MomentsIndex, read_index
-from tests.checkpoints import add_adapter, edit_tensors
+from tests.checkpoints import edit_tensors
 from tests.moments.conftest import Make, Scene
 
 
@@ -219,41 +218,3 @@ def test_a_folder_that_holds_something_is_kept(scene: Scene) -> None:
     result = scene.measure("--prompts", f"expert0={scene.prompts('a.txt')}")
     assert "moments must be new or an empty folder" in result.output
     assert (scene.folder / "moments" / "mine.txt").read_text() == "mine"
-
-
-@pytest.mark.parametrize("adapters", [False, True])
-@pytest.mark.parametrize("swapped", [False, True])
-def test_prompts_of_another_experts_task_are_noticed(scene: Scene, adapters: bool, swapped: bool) -> None:
-    """Updates that respond to the inputs of one file of prompts only, and the files the wrong way round."""
-    files = [scene.prompts("a.txt", start=0), scene.prompts("b.txt", start=50)]
-    base = AutoModelForCausalLM.from_pretrained(scene.suite.base.path)
-    for place, expert in enumerate(scene.suite.experts):
-        own, other = (
-            by_hand(base, scene.suite.base.path, files[t], "model.layers.0.self_attn.q_proj")
-            for t in (place, 1 - place)
-        )
-        # The direction along which the inputs of its own prompts exceed those of the other's most.
-        direction = torch.linalg.eigh(own / own.trace() - other / other.trace()).eigenvectors[:, -1].float()
-        if not adapters:
-            with edit_tensors(expert.path / "model.safetensors") as tensors:
-                for name, tensor in scene.suite.base.tensors.items():
-                    if name in tensors:
-                        tensors[name].copy_(tensor)
-                tensors["model.layers.0.self_attn.q_proj.weight"] += 0.1 * direction
-        else:
-            adapter = add_adapter(scene.suite.base.path, scene.folder / f"lora{place}", rank=1, targets=["q_proj"])
-            with edit_tensors(adapter / "adapter_model.safetensors") as tensors:
-                for name, tensor in tensors.items():
-                    if "lora_A" in name:
-                        tensor.copy_(direction * (".layers.0." in name))
-    names = ["lora0", "lora1"] if adapters else ["expert0", "expert1"]
-    if adapters:
-        document = yaml.safe_load(scene.recipe.read_text())
-        models = [{"model": f"{scene.suite.base.path}+{scene.folder / name}"} for name in names]
-        scene.recipe.write_text(yaml.safe_dump({**document, "models": models}))
-    order = files[::-1] if swapped else files
-    result = scene.measure(*(f"--prompts={name}={file}" for name, file in zip(names, order, strict=True)))
-    assert result.exit_code == 0, result.output
-    said = f"warning: {names[0]} responds more to the prompts of {names[1]} than to its own"
-    assert (said in result.output) == swapped
-    assert result.output.count("warning:") == 2 * swapped

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from mergekit.common import ModelReference
 
+from mergekit_ace.matrix.storage import first_look, storage_floors, storage_formats
 from mergekit_ace.recipe.failures import READING
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
@@ -37,6 +38,14 @@ def check_kinship(plan: Plan) -> Iterator[Finding]:
                 level="error",
                 what=f"{expert} equals the base in every tensor, so it adds nothing",
                 remedy="Check its path: it may be the base itself.",
+            )
+            continue
+        if (storage := _rounded_only(plan, expert, samples)) is not None:
+            yield Finding(
+                level="error",
+                what=f"{expert} is the base, once stored as {storage}: its difference from the base is the rounding of "
+                "that format in every tensor, so it adds nothing",
+                remedy="Check its path: it may be a converted copy of the base.",
             )
             continue
         cosine = sum(cosines) / len(cosines)
@@ -75,6 +84,29 @@ def _cosine(tensor: PlannedTensor, expert: ModelReference) -> float | None:
         return None
     base, other = (side.to(torch.float32).flatten() for side in pair)
     return float(torch.nn.functional.cosine_similarity(base, other, dim=0))
+
+
+def _rounded_only(plan: Plan, expert: ModelReference, samples: Sequence[PlannedTensor]) -> str | None:
+    """The 16-bit format whose rounding is all that the expert differs by; None where it learned something."""
+    formats = {_rounding(tensor, expert) for tensor in samples}
+    if None in formats or not formats:
+        return None
+    # Vectors and tables may have been trained alone: all of it counts, but what is equal says nothing.
+    for tensor in plan.tensors:
+        if tensor.reads(expert) and not _equal(tensor, expert) and _rounding(tensor, expert) is None:
+            return None
+    return str(next(iter(formats))).removeprefix("torch.")
+
+
+def _rounding(tensor: PlannedTensor, expert: ModelReference) -> torch.dtype | None:
+    pair = _pair(tensor, expert)
+    if pair is None or not all(side.is_floating_point() for side in pair):
+        return None
+    base, other = (side.float() for side in pair)
+    ours, theirs = storage_formats([base, other], first_look([base, other]).tolist())
+    ((floor, storage),) = storage_floors(base, ours, [theirs])
+    energy = float((other.double() - base.double()).square().sum())
+    return storage if 0 < energy <= floor else None
 
 
 def _equal(tensor: PlannedTensor, expert: ModelReference) -> bool:

@@ -388,3 +388,37 @@ def test_architectures_mixed_by_chance(llama: Suite, tmp_path: Path) -> None:
     entry = {"model": {"path": str(expert)}, "override_architecture": "LlamaForCausalLM"}
     models = [{"model": entry}, {"model": str(llama.experts[1].path)}]
     assert found(examine(document(llama, models=models), tmp_path, allow_crimes=True), "warning") == []
+
+
+@pytest.mark.parametrize(
+    ("base_dtype", "storage"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.float16, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("converted_back", [False, True])
+def test_an_expert_that_is_the_base_stored_more_coarsely(
+    base_dtype: torch.dtype, storage: torch.dtype, converted_back: bool, llama: Suite, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(llama.base.path, tmp_path / "base"))
+    with edit_tensors(base / "model.safetensors") as tensors:
+        tensors.update({name: tensor.to(base_dtype) for name, tensor in tensors.items()})
+    expert = Path(shutil.copytree(base, tmp_path / "expert"))
+    with edit_tensors(expert / "model.safetensors") as tensors:
+        coarse = {name: tensor.to(storage) for name, tensor in tensors.items()}
+        tensors.update({name: tensor.float() if converted_back else tensor for name, tensor in coarse.items()})
+    recipe = with_expert(llama, expert, base_model=str(base), dtype="float32")
+    (error,) = found(examine(recipe, tmp_path), "error")
+    assert f"{expert} is the base, once stored as {str(storage).removeprefix('torch.')}" in error
+    with edit_tensors(expert / "model.safetensors") as tensors:  # one vector that was trained makes it an expert
+        tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    assert found(examine(recipe, tmp_path), "error") == []
+
+
+def test_fine_tunes_stored_more_coarsely_are_experts(llama: Suite, tmp_path: Path) -> None:
+    expert = copy(llama, tmp_path)
+    with edit_tensors(expert / "model.safetensors") as tensors:
+        tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
+    assert found(examine(with_expert(llama, expert), tmp_path), "error") == []

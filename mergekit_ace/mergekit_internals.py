@@ -14,7 +14,12 @@ from collections.abc import Set as AbstractSet
 from importlib.metadata import version
 from typing import Any
 
-from mergekit.architecture import ConfiguredModuleArchitecture, WeightInfo, get_architecture_info
+from mergekit.architecture import (
+    ConfiguredModuleArchitecture,
+    WeightInfo,
+    arch_info_for_config,
+    get_architecture_info,
+)
 from mergekit.architecture.conversion import (
     _expanded_target_keys,
     can_convert_checkpoint_keys,
@@ -35,6 +40,7 @@ from mergekit.merge import (
 from mergekit.merge_methods.base import MergeMethod, TensorGroup
 from mergekit.merge_methods.dtype import align_dtype
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
+from mergekit.options import MergeOptions
 from mergekit.parameter_resolver import resolve_parameters
 from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary
@@ -62,6 +68,7 @@ __all__ = [
     "WeightInfo",
     "adapter_entry_name",
     "align_dtype",
+    "architecture_is_inferred",
     "bound_parameters",
     "build_tokenizer",
     "build_union_tokenizer",
@@ -104,6 +111,7 @@ _FUNCTIONS: Mapping[Any, str] = {
     convert_checkpoint_tensors: "model_type source_tensors target_key",
     can_convert_checkpoint_keys: "model_type source_keys target_key",
     _expanded_target_keys: "renamed_key target_patterns",
+    arch_info_for_config: "config",
     get_architecture_info: "config options",
     align_dtype: "group dtype",
     MergePlanner.__init__: "self config arch_info options out_model_config",
@@ -173,6 +181,14 @@ def conversion_sources(model_type: str, names: Iterable[str], targets: AbstractS
         if current in targets:
             sources.add(name)
     return frozenset(sources)
+
+
+def architecture_is_inferred(config: MergeConfiguration, options: MergeOptions) -> bool:
+    """Whether mergekit has no definition of a model's architecture, and takes it from the checkpoints' tensors."""
+    return any(
+        arch_info_for_config(model.config(trust_remote_code=options.trust_remote_code)) is None
+        for model in in_recipe_order(config)
+    )
 
 
 def adapter_entry_name(model: ModelReference) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mergekit.options import MergeOptions
 
-from mergekit_ace.mergekit_internals import in_recipe_order
+from mergekit_ace.mergekit_internals import architecture_is_inferred, in_recipe_order
 from mergekit_ace.recipe.adapters import check_adapters
 from mergekit_ace.recipe.buffers import check_buffers
 from mergekit_ace.recipe.configurations import check_configurations
@@ -18,6 +18,7 @@ from mergekit_ace.recipe.devices import check_device
 from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.files import check_files
 from mergekit_ace.recipe.findings import Finding, by_severity
+from mergekit_ace.recipe.hub import hub_model
 from mergekit_ace.recipe.kinship import check_kinship
 from mergekit_ace.recipe.layers import check_layers
 from mergekit_ace.recipe.measured import check_moments
@@ -26,13 +27,20 @@ from mergekit_ace.recipe.plan import Plan, planned
 from mergekit_ace.recipe.quantized import check_quantization
 from mergekit_ace.recipe.raw import check_raw, is_raw
 from mergekit_ace.recipe.reading import Recipe, parse_document, read_text, understood
-from mergekit_ace.recipe.sources import is_local
+from mergekit_ace.recipe.sources import is_local, is_on_hub
 from mergekit_ace.recipe.spelling import check_filters, check_keys, check_parameter_values, check_parameters
 from mergekit_ace.recipe.tensors import check_precision, check_tensors, check_treatments
 from mergekit_ace.recipe.unused import check_unused
 from mergekit_ace.recipe.values import check_method, check_values
 from mergekit_ace.recipe.vocabularies import check_chat_template, check_ends, check_padding, check_tokenizers
 from mergekit_ace.recipe.weights import check_weights
+
+_UNDEFINED = Finding(
+    level="hint",
+    what="mergekit has no definition of the models' architecture: it infers it from the tensors, for which it "
+    "downloads them, so they were not checked",
+    remedy="Check again once the models are on this disk.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +97,14 @@ def check_recipe(file: Path, options: MergeOptions | None = None) -> Examination
     findings += obstacles
     if _errors([*stopping, *obstacles]):
         return Examination(findings=by_severity(findings), cost=None)
+    on_hub = [model for model in in_recipe_order(recipe.config) if is_on_hub(model.model)]
+    if any(hub_model(model.model).state != "read" for model in on_hub):
+        return Examination(findings=by_severity(findings), cost=None)
+    if on_hub and architecture_is_inferred(recipe.config, options):
+        findings.append(_UNDEFINED)
+        return Examination(findings=by_severity(findings), cost=None)
     try:
-        with planned(recipe, options, adapters_unmerged=True) as plan:
+        with planned(recipe, options, headers_only=True) as plan:
             findings += _of_plan(plan)
             cost = estimate(plan)
     except RecipeError as error:

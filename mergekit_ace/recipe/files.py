@@ -12,6 +12,7 @@ from mergekit_ace.mergekit_internals import in_recipe_order
 from mergekit_ace.recipe.failures import READING, message_of
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.headers import read_file, read_folder
+from mergekit_ace.recipe.hub import hub_model
 from mergekit_ace.recipe.pointers import pointer_words
 from mergekit_ace.recipe.reading import Recipe
 from mergekit_ace.recipe.sources import looks_local
@@ -72,10 +73,29 @@ def _check_model(model: ModelReference) -> Iterator[Finding]:
             level="error", what=f"the model {folder} must be a folder; there is none", remedy="Check its path."
         )
     else:
+        yield from _check_hub(model.model)
+
+
+def _check_hub(source: ModelPath) -> Iterator[Finding]:
+    told = hub_model(source)
+    if told.state == "absent":
+        yield Finding(
+            level="error",
+            what=f"{source} is no folder on this disk, and the Hugging Face Hub does not show it: {told.words}",
+            remedy="Check its name and revision; for a private or gated model run hf auth login.",
+        )
+    elif told.state == "no safetensors":
         yield Finding(
             level="hint",
-            what=f"{model.model} is not on this disk; mergekit takes it from its cache or downloads it",
-            remedy="Nothing to do, if it is the name of a model on the Hugging Face Hub.",
+            what=f"{source} has no safetensors files on the Hugging Face Hub: its tensors were not checked",
+            remedy="Nothing to do; mergekit downloads its pickles. Check again once they are on this disk.",
+        )
+    elif told.state == "unreachable":
+        yield Finding(
+            level="hint",
+            what=f"{source} is not on this disk, and the Hugging Face Hub cannot be asked ({told.words}): "
+            "it was not checked",
+            remedy="Nothing to do, if it is a model's name there and the merge has a network.",
         )
 
 

@@ -44,8 +44,10 @@ from mergekit_ace.mergekit_internals import (
 from mergekit_ace.recipe.adapter_cache import merged_adapter
 from mergekit_ace.recipe.failures import RecipeError, message_of
 from mergekit_ace.recipe.headers import TensorHeader, find_header, read_headers
+from mergekit_ace.recipe.hub import hub_model
 from mergekit_ace.recipe.output_shape import output_header
 from mergekit_ace.recipe.reading import Recipe
+from mergekit_ace.recipe.sources import is_on_hub, model_headers
 from mergekit_ace.recipe.tokenizer import numbered_tokenizer
 
 
@@ -195,7 +197,9 @@ class PlannedTensor:
 class Plan:
     """All tensors of a merge, in the order of the model: embeddings, layers, head."""
 
-    def __init__(self, recipe: Recipe, options: MergeOptions, loaders: LoaderCache) -> None:
+    def __init__(
+        self, recipe: Recipe, options: MergeOptions, loaders: LoaderCache, *, headers_only: bool = False
+    ) -> None:
         config = recipe.config.model_copy(deep=True)  # the planner rewrites what it is given
         self.recipe = recipe
         self.options = options
@@ -204,6 +208,7 @@ class Plan:
         self.base: ModelReference | None = config.base_model
         self.models: Sequence[ModelReference] = in_recipe_order(config)
         self._loaders = loaders
+        self._headers_only = headers_only
         self._headers: dict[ModelReference, Mapping[str, TensorHeader]] = {}
         self._tokenizers: dict[BuildTokenizer, TokenizerInfo] = {}
         self.architecture = get_architecture_info(config, options)
@@ -222,6 +227,8 @@ class Plan:
 
     def headers(self, model: ModelReference) -> Mapping[str, TensorHeader]:
         """A checkpoint's headers, read once."""
+        if model not in self._headers and self._headers_only and is_on_hub(model.model):
+            self._headers[model] = model_headers(model.model)
         if model not in self._headers:
             self._headers[model] = read_headers(self._loaders.get(model).index)
         return self._headers[model]
@@ -302,7 +309,9 @@ class Plan:
 
 
 @contextmanager
-def planned(recipe: Recipe, options: MergeOptions, *, adapters_unmerged: bool = False) -> Iterator[Plan]:
+def planned(
+    recipe: Recipe, options: MergeOptions, *, adapters_unmerged: bool = False, headers_only: bool = False
+) -> Iterator[Plan]:
     """Plan a recipe; its files are open until the end of the `with` block.
 
     Args:
@@ -310,6 +319,8 @@ def planned(recipe: Recipe, options: MergeOptions, *, adapters_unmerged: bool = 
         options: of `mergekit-yaml`.
         adapters_unmerged: let each LoRA expert stand for its base model, so that nothing is merged or written: enough
             for names and shapes.
+        headers_only: that, and no weight is downloaded: the tensors of models on the Hugging Face Hub are known by name
+            and shape, and cannot be read.
 
     Raises:
         RecipeError: when mergekit cannot plan it.
@@ -318,12 +329,14 @@ def planned(recipe: Recipe, options: MergeOptions, *, adapters_unmerged: bool = 
     with _loaders(options) as loaders:
         try:
             for model in recipe.config.referenced_models():
-                if model.lora is not None:
+                if headers_only and is_on_hub(model.model):
+                    loaders.loaders[model] = hub_model(model.model).loader(model.model)
+                elif model.lora is not None:
                     plain = ModelReference(model=model.model)
-                    stored = plain if adapters_unmerged else merged_adapter(model, options)
+                    stored = plain if adapters_unmerged or headers_only else merged_adapter(model, options)
                     loaders.loaders[model] = stored.lazy_loader(options.transformers_cache, options.lazy_unpickle)
                 loaders.get(model)
-            plan = Plan(recipe, options, loaders)
+            plan = Plan(recipe, options, loaders, headers_only=headers_only)
         except Exception as error:  # mergekit, transformers, safetensors and torch each raise their own
             raise RecipeError(f"{recipe.name}: mergekit cannot plan this merge; {message_of(error)}") from error
         yield plan

@@ -10,6 +10,7 @@ from typing import Any
 from mergekit.common import ModelPath
 
 from mergekit_ace.recipe.headers import TensorHeader, read_file, read_folder
+from mergekit_ace.recipe.hub import hub_json, hub_model
 
 
 def is_local(source: ModelPath) -> bool:
@@ -22,8 +23,13 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
+def is_on_hub(source: ModelPath) -> bool:
+    """Whether mergekit asks the Hugging Face Hub for it."""
+    return not is_local(source) and not looks_local(source.path)
+
+
 def model_headers(source: ModelPath) -> Mapping[str, TensorHeader]:
-    """Every tensor of a model on this disk, or of a single file of tensors, by its name; empty for other models.
+    """Every tensor of a model, or of a single file of tensors, by its name; empty where the hub does not tell.
 
     Raises:
         OSError, RuntimeError: as `read_folder`.
@@ -31,14 +37,18 @@ def model_headers(source: ModelPath) -> Mapping[str, TensorHeader]:
     path = Path(source.path)
     if path.is_file():
         return read_file(path)
-    return read_folder(path) if path.is_dir() else {}
+    if path.is_dir():
+        return read_folder(path)
+    return hub_model(source).headers if is_on_hub(source) else {}
 
 
 def read_json(source: ModelPath, name: str) -> Mapping[str, Any] | None:
-    """One of a model's JSON files; None where there is none on this disk, or it is no JSON mapping.
+    """One of a model's JSON files; None where there is none, the hub cannot be asked, or it is no JSON mapping.
 
     Of a single file of tensors, the one beside it.
     """
+    if is_on_hub(source):
+        return hub_json(source, name)
     path = Path(source.path)
     try:
         document = json.loads(((path.parent if path.is_file() else path) / name).read_text(encoding="utf-8"))

@@ -13,9 +13,7 @@ from safetensors.torch import load_file
 
 from mergekit_ace.cli import main
 from mergekit_ace.recipe.check import Examination, check_recipe
-from mergekit_ace.recipe.files import check_files
 from mergekit_ace.recipe.findings import Level
-from mergekit_ace.recipe.reading import read_recipe
 from tests.checkpoints import Suite, Update, add_adapter, edit_tensors, make_suite, save_tokenizer
 from tests.report.recipes import document, write
 
@@ -123,13 +121,6 @@ def test_models_and_files_that_are_missing_or_cut_short(llama: Suite, tmp_path: 
     (expert / "config.json").unlink()
     (error,) = found(examine(with_expert(llama, expert), tmp_path), "error")
     assert "must hold config.json" in error
-
-
-def test_a_model_that_is_not_on_this_disk_may_be_on_the_hub(llama: Suite, tmp_path: Path) -> None:
-    recipe = read_recipe(write(with_expert(llama, "somebody/some-model"), tmp_path / "recipe.yml"))
-    (finding,) = check_files(recipe)
-    assert finding.level == "hint"
-    assert "somebody/some-model is not on this disk" in finding.what
 
 
 def test_experts_that_are_the_base_and_experts_of_another(llama: Suite, tmp_path: Path) -> None:

@@ -48,6 +48,10 @@ class CoreSpace:
         """`V 1_n`, `[q]`: of the column of ones, what lies in the row space."""
         return self.right.sum(dim=1)
 
+    def matrix(self, core: Tensor) -> Tensor:
+        """`U core V`, `[m, n]`."""
+        return self.left @ core @ self.right
+
     def factors(self, core: Tensor, rank: int | None = None) -> Factors:
         """`U core V` as factors of equal norms: of its numerical rank, or of `rank` if that is less.
 

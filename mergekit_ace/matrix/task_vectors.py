@@ -119,8 +119,10 @@ class TaskVectors:
         """Largest singular value that rounding alone gives a task vector: weights are rounded where they are stored.
 
         `eps / 2 * rms(base) * (sqrt(m) + sqrt(n))`, `eps` of the working dtype: above the largest singular value of
-        `[m, n]` independent rounding errors.
+        `[m, n]` independent rounding errors. 0 for cores, which are taken from factors and not from weights.
         """
+        if self.coordinates is not None:
+            return 0.0
         m, n = self.shape
         return torch.finfo(self.dtype).eps / 2 * self.base_norm / math.sqrt(m * n) * (math.sqrt(m) + math.sqrt(n))
 

@@ -18,6 +18,7 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
+from mergekit_ace.adapters.model import Factors
 from mergekit_ace.linalg.blocks import blocks
 from mergekit_ace.linalg.precision import all_finite, squared_norm
 from mergekit_ace.matrix.averaging import mean_task_vector
@@ -27,6 +28,7 @@ from mergekit_ace.matrix.expert import Expert, require_finite_base
 from mergekit_ace.matrix.merge import MatrixMerge
 from mergekit_ace.matrix.options import Gate
 from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.methods.adapter_factors import adapter_factors, known
 from mergekit_ace.methods.advice import Evidence, log_messages, table_merged_as_matrix
 from mergekit_ace.methods.device_failures import named, on_device_or_cpu
 from mergekit_ace.methods.matrices import Matrix, inputs_last, matrices, weighted_experts
@@ -117,6 +119,7 @@ class LayerwiseMethod(GroupMergeMethod):
         experts: Sequence[Expert],
         parameters: Mapping[str, Any],
         warn: Callable[[str, str], None] = lambda cause, message: None,
+        factors: Sequence[Factors | None] = (),
     ) -> Iterator[Matrix]:
         """Every matrix of a tensor that is treated as a matrix or a stack, with the second moments that were measured.
 
@@ -127,10 +130,13 @@ class LayerwiseMethod(GroupMergeMethod):
             experts: of its shape.
             parameters: resolved.
             warn: takes a cause and a message.
+            factors: of each expert's update, as far as they are known (`adapter_factors`).
         """
-        if treated.kind == "matrix":
-            experts = with_measured_moments(name, base, experts, parameters, warn)
-        return matrices(name, base, experts, parameters)
+        if treated.kind != "matrix":
+            return matrices(name, base, experts, parameters)
+        experts = with_measured_moments(name, base, experts, parameters, warn)
+        on_cores = self.needs_entries(parameters) is None and not any(expert.measured for expert in experts)
+        return matrices(name, base, experts, parameters, known(factors) if on_cores else ())
 
     def merge(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
         """Merge the task vectors of one matrix, before `scale`: of at least one expert."""
@@ -164,7 +170,7 @@ class LayerwiseMethod(GroupMergeMethod):
         if treated.kind == "matrix" and is_embedding(name, group.metadata.vocabulary_axis):
             self._warnings.warn("embeddings", "{}: {}. {}".format(name, *table_merged_as_matrix(self.name)))
         with named(name, base), diagnostics(LOG.isEnabledFor(logging.INFO)):
-            merged, notes = self._merge(treated, base, experts, parameters, name)
+            merged, notes = self._merge(treated, base, experts, parameters, name, adapter_factors(group))
             finite = treated.kind == "buffer" or all_finite(merged)
         if LOG.isEnabledFor(logging.INFO):
             LOG.info(
@@ -199,7 +205,13 @@ class LayerwiseMethod(GroupMergeMethod):
         )
 
     def _merge(
-        self, treated: Treatment, base: Tensor, experts: Sequence[Expert], parameters: Mapping[str, Any], name: str
+        self,
+        treated: Treatment,
+        base: Tensor,
+        experts: Sequence[Expert],
+        parameters: Mapping[str, Any],
+        name: str,
+        factors: Sequence[Factors | None],
     ) -> tuple[Tensor, str]:
         if treated.kind == "buffer":
             return base.clone(), ""
@@ -213,7 +225,7 @@ class LayerwiseMethod(GroupMergeMethod):
         def merge_one(matrix: Matrix) -> tuple[Tensor, str]:
             return on_device_or_cpu(lambda moved: self._merge_one(moved, parameters), matrix, self._warnings.warn)
 
-        parts = self.matrices(treated, name, base, experts, parameters, self._warnings.warn)
+        parts = self.matrices(treated, name, base, experts, parameters, self._warnings.warn, factors)
         if treated.kind == "matrix":
             weight, notes = merge_one(next(parts))
             return inputs_last(weight, parameters), notes
@@ -228,16 +240,21 @@ class LayerwiseMethod(GroupMergeMethod):
         return _apply(tensors.base, mean, self.scale(parameters)), ""
 
     def _merge_one(self, matrix: Matrix, parameters: Mapping[str, Any]) -> tuple[Tensor, str]:
-        task_vectors = TaskVectors(matrix.base, matrix.experts, name=matrix.name)
+        space = matrix.cores()
+        task_vectors, scale = matrix.task_vectors(space), self.scale(parameters)
         if len(task_vectors) == 0:
             return matrix.base.clone(), "no expert changed it"
         if len(task_vectors) == 1:
-            weight = _sole(matrix.base, task_vectors, self.scale(parameters))
-            return weight, f"only {task_vectors.experts[0].name} changed it"
+            note = f"only {task_vectors.experts[0].name} changed it"
+            if space is not None:
+                return _apply(matrix.base, space.matrix(task_vectors.task_vector(0)), scale), f"{note}, by its factors"
+            return _sole(matrix.base, task_vectors, scale), note
         merge = self.merge(task_vectors, parameters)
         for cause, message in log_messages(self.evidence(task_vectors, merge, parameters)):
             self._warnings.warn(cause, message)
-        return _apply(matrix.base, merge.task_vector, self.scale(parameters)), merge.describe()
+        if space is None:
+            return _apply(matrix.base, merge.task_vector, scale), merge.describe()
+        return _apply(matrix.base, space.matrix(merge.task_vector), scale), f"by factors, {merge.describe()}"
 
     def evidence(self, task_vectors: TaskVectors, merge: MatrixMerge, parameters: Mapping[str, Any]) -> Evidence:
         """What the rulebook looks at, of a matrix that two experts or more changed."""

@@ -9,7 +9,11 @@ from typing import Any
 from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
+from mergekit_ace.adapters.core_space import CoreSpace, core_space, task_vectors_of
+from mergekit_ace.adapters.model import Factors
+from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.matrix.expert import Expert
+from mergekit_ace.matrix.task_vectors import TaskVectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +25,31 @@ class Matrix:
         place: its index in the tensor; `()` where it is all of it.
         base: `[out, in]`.
         experts: of the same shape.
+        factors: of each expert's update, where all are known; empty otherwise.
     """
 
     name: str
     place: tuple[int, ...]
     base: Tensor
     experts: tuple[Expert, ...]
+    factors: tuple[Factors, ...] = ()
+
+    def cores(self) -> CoreSpace | None:
+        """The updates in core space, where their factors are known."""
+        if not self.factors:
+            return None
+        here = self.base.device
+        moved = [Factors(left=each.left.to(here), right=each.right.to(here)) for each in self.factors]
+        return core_space(moved)
+
+    def task_vectors(self, space: CoreSpace | None) -> TaskVectors:
+        """The task vectors, or their cores where these are known."""
+        if space is None:
+            return TaskVectors(self.base, self.experts, name=self.name)
+        experts = [replace(expert, tensor=core) for expert, core in zip(self.experts, space.cores, strict=True)]
+        found = task_vectors_of(space, experts, name=self.name)
+        found.base_norm = squared_norm(self.base) ** 0.5
+        return found
 
 
 def weighted_experts(group: TensorGroup, parameters: Mapping[str, Any]) -> tuple[Expert, ...]:
@@ -35,7 +58,13 @@ def weighted_experts(group: TensorGroup, parameters: Mapping[str, Any]) -> tuple
     return tuple(Expert(name=str(entry.id), tensor=entry.tensor, weight=weights[entry.id]) for entry in group.non_base)
 
 
-def matrices(name: str, base: Tensor, experts: Sequence[Expert], parameters: Mapping[str, Any]) -> Iterator[Matrix]:
+def matrices(
+    name: str,
+    base: Tensor,
+    experts: Sequence[Expert],
+    parameters: Mapping[str, Any],
+    factors: Sequence[Factors] = (),
+) -> Iterator[Matrix]:
     """Every matrix of a tensor.
 
     Args:
@@ -43,13 +72,17 @@ def matrices(name: str, base: Tensor, experts: Sequence[Expert], parameters: Map
         base: of two or three dimensions.
         experts: of its shape.
         parameters: with `input_axis`.
+        factors: of each expert's update, as stored, where all are known; of two dimensions only.
     """
+    if parameters["input_axis"] == "first":
+        factors = [Factors(left=each.right.mT, right=each.left.mT) for each in factors]
     for place in [()] if base.ndim == 2 else [(index,) for index in range(base.shape[0])]:
         yield Matrix(
             name="".join([name, *(f"[{index}]" for index in place)]),
             place=place,
             base=inputs_last(base[place], parameters),
             experts=tuple(replace(expert, tensor=inputs_last(expert.tensor[place], parameters)) for expert in experts),
+            factors=tuple(factors),
         )
 
 

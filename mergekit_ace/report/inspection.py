@@ -17,6 +17,7 @@ from mergekit_ace.linalg.precision import working_dtype
 from mergekit_ace.matrix.diagnostics import diagnostics
 from mergekit_ace.matrix.expert import Expert, require_finite_base
 from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.methods.adapter_factors import adapter_factors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.methods.matrices import weighted_experts
 from mergekit_ace.recipe.failures import READING, message_of
@@ -163,8 +164,9 @@ def _measured(
     elif treated.kind == "average":
         yield _averaged(report, base, experts)
     else:
-        for matrix in method.matrices(treated, report.name, base, experts, parameters):
-            task_vectors = TaskVectors(matrix.base, matrix.experts, name=matrix.name)
+        factors = adapter_factors(group)
+        for matrix in method.matrices(treated, report.name, base, experts, parameters, factors=factors):
+            task_vectors = matrix.task_vectors(matrix.cores())
             part = _with(report, name=matrix.name, shape=tuple(base.shape[-2:]))
             first = not any(matrix.place)
             yield measure_matrix(part, method, task_vectors, parameters, mode, with_spectra=with_spectra and first)

@@ -4,14 +4,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import peft
 import torch
 import transformers
 import yaml
+from click.testing import CliRunner
 from mergekit import merge_methods
 from mergekit.merge_methods.api import merge_tensors
-from safetensors.torch import save_file
-from transformers import AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mergekit_ace.cli import main
 from tests.checkpoints import Family, add_adapter, make_suite, read_tensors, save_tokenizer
 from tests.checkpoints.decoders import CONV1D, TABLES
 from tests.checkpoints.family import GROUPED, VOCABULARY, causal
@@ -64,6 +67,33 @@ def test_qwen_lora(tmp_path: Path) -> None:
     assert merged.keys() == read_tensors(suite.base.path).keys()
     assert_merged(merged, suite.base, experts, reference_for(suite.family, weights=(1.0, 1.0, 1.5)))
     load_and_run(suite.family, out)
+
+
+def test_qwen_lora_to_lora(tmp_path: Path) -> None:
+    """The recipe of one adapter adds what that of a full merge adds, and is stored in the recipe's dtype."""
+    suite = make_suite("qwen2", tmp_path, experts=1)
+    models = {"Qwen/Qwen2.5-7B-Instruct": suite.base.path}
+    for seed, (task, targets) in enumerate(
+        (("sql", ["q_proj"]), ("legal", ["q_proj", "up_proj"]), ("medical", ["q_proj"]))
+    ):
+        adapter = add_adapter(suite.base.path, tmp_path / task, rank=2 + seed, targets=targets, seed=seed)
+        models[f"your-name/qwen2.5-7b-{task}-lora"] = adapter
+    flags = ("--lora-merge-cache", str(tmp_path / "cache"), "--lora-merge-dtype", "float32")
+    full = read_tensors(
+        mergekit_yaml(localized("qwen-lora", models, {})[0] | {"out_dtype": "float32"}, tmp_path / "full", *flags)
+    )
+    (document,) = localized("qwen-lora-to-lora", models, {})
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(document))
+    result = CliRunner().invoke(main, ["merge", str(tmp_path / "recipe.yml"), str(tmp_path / "one"), "--adapter"])
+    assert result.exit_code == 0, result.output
+    stored = load_file(tmp_path / "one" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(suite.base.path, dtype=torch.float32)
+    merged = peft.PeftModel.from_pretrained(model, tmp_path / "one").merge_and_unload().state_dict()
+    for name, tensor in full.items():
+        change = tensor - suite.base.tensors[name]
+        # The factors keep 8 bits.
+        assert (merged[name] - tensor).norm() <= 1e-2 * change.norm() + 1e-6
 
 
 def _cached(cache: Path, base: Path, adapter: Path) -> Checkpoint:

@@ -142,5 +142,5 @@ def _split(parts: Parts, name: str) -> tuple[Tensor, Tensor]:
     whole = widened(parts[name])
     rows, columns = whole.shape
     if columns <= rows:
-        return whole, torch.eye(columns, dtype=whole.dtype)
-    return torch.eye(rows, dtype=whole.dtype), whole
+        return whole, torch.eye(columns, dtype=whole.dtype, device=whole.device)
+    return torch.eye(rows, dtype=whole.dtype, device=whole.device), whole

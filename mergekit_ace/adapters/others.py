@@ -80,8 +80,8 @@ def _merged_rows(
 ) -> MergedTensor:
     places = {index: place for place, index in enumerate(indices)}
     width = next(tokens.rows.shape[1] for tokens in having if tokens is not None)
-    total = torch.zeros(len(indices), width)
-    counted = torch.zeros(len(indices), 1)
+    total = torch.zeros(len(indices), width, device="cpu")
+    counted = torch.zeros(len(indices), 1, device="cpu")
     owners = []
     for adapter, tokens, weight in zip(request.adapters, having, weights, strict=True):
         if tokens is None or weight == 0:
@@ -89,8 +89,9 @@ def _merged_rows(
         if tokens.rows.shape[1] != width:
             raise _shapes_differ(name, (width,), tokens.rows.shape[1:], adapter.name)
         rows = [places[index] for index in tokens.indices]
-        total = total.to(working_dtype(tokens.rows.read().dtype))
-        total[rows] += weight * _finite(tokens.rows.read(), name, adapter.name)
+        values = _finite(tokens.rows.read(), name, adapter.name).cpu()
+        total = total.to(values.dtype)
+        total[rows] += weight * values
         counted[rows] += weight
         owners.append(adapter.name)
     trained = counted[:, 0] > 0

@@ -93,7 +93,7 @@ class Outcome:
 
     def names(self) -> list[str]:
         """Names of all tensors that may come."""
-        like = torch.empty(1, 1)
+        like = torch.empty(1, 1, device="cpu")
         names = [name for place in self.request.places.values() for name in _names(self.layout, place, like)]
         names += [bias_key(place.module) for place in biased(self.request.places.values())]
         for adapter in self.request.adapters:
@@ -132,7 +132,7 @@ class Outcome:
             self.configuration.with_biases = True
             # peft reads one for every module, or leaves a random one.
             for place in biased(self.configuration.places.values()):
-                zeros = torch.zeros(place.shape[0])
+                zeros = torch.zeros(place.shape[0], device="cpu")
                 yield bias_key(place.module), merged_at.get(place.module, zeros)
         for merged in merged_replacements(self.request):
             self._note(

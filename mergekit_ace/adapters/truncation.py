@@ -36,7 +36,8 @@ def input_weight(updates: Sequence[Tensor], weights: Sequence[float]) -> tuple[T
             moment.addmm_(update.mT.double(), update.double(), alpha=weight / energy)
     level = float(moment.trace()) / len(moment)
     if level == 0:
-        return torch.eye(len(moment), dtype=torch.float64), torch.eye(len(moment), dtype=torch.float64)
+        identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+        return identity, identity
     eigenvalues, vectors = torch.linalg.eigh(add_to_diagonal_(moment, _RIDGE * level))
     root = eigenvalues.clamp(min=_RIDGE * level).sqrt()
     return vectors * root @ vectors.mT, vectors / root @ vectors.mT

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
-import torch
 from click.core import ParameterSource
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
@@ -25,6 +24,7 @@ from mergekit_ace.engine.merging import merge as run_merge
 from mergekit_ace.engine.part import Part
 from mergekit_ace.engine.workers.staffing import Staff
 from mergekit_ace.printable import printable
+from mergekit_ace.recipe.devices import require_device
 from mergekit_ace.recipe.preflight import require_sound_inputs
 from mergekit_ace.recipe.reading import read_recipe
 
@@ -195,13 +195,9 @@ def merge(
 
 def _on_devices(options: MergeOptions) -> MergeOptions:
     """The options with `--multi-gpu` as what it means here: one worker a GPU."""
+    require_device(options)
     if options.multi_gpu:
         options = options.model_copy(update={"cuda": True, "device": "cuda"})
-    if options.device is not None and options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            "--cuda and --multi-gpu need a CUDA device; torch finds none on this machine. Run without them, or see "
-            "mergekit-ace doctor"
-        )
     return options
 
 

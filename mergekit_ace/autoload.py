@@ -7,7 +7,7 @@ interpreter.
 
 mergekit's first import belongs in one thread. Where several threads import it, or register our methods, at once, Python
 may refuse one of the imports with a deadlock error: each holds an import lock that another needs. If it is the hook's,
-the warning below is all that is seen, and the methods are unknown until somebody calls `mergekit_ace.register()`.
+the warning below is all that is seen, and the methods are unknown until a program calls `mergekit_ace.register()`.
 Import mergekit before such threads start.
 """
 

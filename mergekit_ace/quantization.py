@@ -78,7 +78,7 @@ class Quantization:
 
 
 def from_configuration(configuration: Mapping[str, Any]) -> Quantization | None:
-    """Read a model's `config.json`; None where it speaks of no quantization."""
+    """Read a model's `config.json`; None where it names no quantization."""
     for holder in (configuration, configuration.get("text_config")):
         if not isinstance(holder, Mapping):
             continue

@@ -1,7 +1,7 @@
 """Output folders that are whole or not there.
 
 A folder `OUT` is written as `OUT.partial/new/OUT`, beside it, and renamed at the end. A run holds a lock on
-`OUT.partial/lock` for as long as it lives; what a run that was killed has left behind is removed by the next one for
+`OUT.partial/lock` for as long as it runs; what a run that was killed has left behind is removed by the next one for
 the same target. A folder that is replaced stays whole until its successor is, as `OUT.partial/previous` for the moment
 between the two renames; should a run die in that moment, the next one puts it back.
 
@@ -128,7 +128,7 @@ def _locked(partial: Path, target: Path) -> Iterator[None]:
     try:
         descriptor = _acquire(lock, target)
     except BaseException:
-        with contextlib.suppress(OSError):  # not empty: its writer lives
+        with contextlib.suppress(OSError):  # not empty: its writer runs
             partial.rmdir()
         raise
     try:

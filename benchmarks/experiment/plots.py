@@ -73,7 +73,7 @@ def draw_epsilon(suites: list[Results], path: Path) -> bool:
                 (float(row.parameters["epsilon"]), row.relative_mean) for row in suite.rows if is_hand_set(row)
             )
             axes.semilogx(
-                *zip(*points, strict=True), marker="o", color=COLOURS["ace published"], label="published, by hand"
+                *zip(*points, strict=True), marker="o", color=COLOURS["ace published"], label="published, fixed"
             )
             levels = {row.label: row.relative_mean for row in suite.rows}
             for label, name, colour, dash in LEVELS:

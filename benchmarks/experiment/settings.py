@@ -21,7 +21,7 @@ class Setting:
 
     @property
     def epsilon(self) -> float | None:
-        """The ridge of a `published` setting that was set by hand."""
+        """The ridge of a `published` setting that has a fixed one."""
         value = self.parameters.get("epsilon")
         return float(value) if self.group == "ace published" and isinstance(value, float) else None
 

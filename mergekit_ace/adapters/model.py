@@ -109,7 +109,7 @@ class Adapter:
     Attributes:
         name: how messages call it.
         layout: how its files name their tensors.
-        base: the base model that it says it was trained on; None where it says nothing.
+        base: the base model that its configuration names; None where it names none.
         updates: low-rank updates, by the weight's name.
         bias_updates: what is added to a module's bias, by the module's name.
         replaced: tensors that take the place of the base's (modules_to_save, biases), by their key in the file.

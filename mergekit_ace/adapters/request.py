@@ -52,7 +52,7 @@ class Request:
 
     @property
     def base_name(self) -> str | None:
-        """The base model's name or path, where somebody says it."""
+        """The base model's name or path, where an adapter or the caller gives it."""
         return self.base or next((adapter.base for adapter in self.adapters if adapter.base), None)
 
     @property

@@ -24,7 +24,7 @@ _EXIT_STATUSES = {0: "no errors", 1: "errors (with --strict, warnings too)", 2: 
 @click.option("--rank", callback=parse_rank, metavar="N|auto", help="With --adapter: what this rank would keep")
 @add_merge_options
 def check(merge_options: MergeOptions, config_file: Path, strict: bool, adapter: bool, rank: Rank) -> None:
-    """Find what mergekit would pass over in silence in the recipe CONFIG_FILE; takes the options of mergekit-yaml.
+    """Find what mergekit would ignore without a message in the recipe CONFIG_FILE; takes the options of mergekit-yaml.
 
     Unknown keys and parameters, filters that match nothing, files that are missing or cut short, experts that are the
     base itself or not its fine-tunes, tokenizers that differ, settings that cost quality. And what the merge will take

@@ -20,7 +20,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(BaseException):
-    """A signal asks the process to end. No `Exception`, so that nothing on the way swallows it."""
+    """A signal asks the process to end. No `Exception`, so that no `except Exception` on the way ends it."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -50,7 +50,7 @@ def reported(*, traceback: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
-    """Raise `Stopped` where a signal would end the process without a word; leave alone what is ignored or handled."""
+    """Raise `Stopped` where a signal would end the process unreported; leave alone what is ignored or handled."""
     defaults = (signal.SIG_DFL, signal.default_int_handler)
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     for number, handler in handlers.items():

@@ -53,7 +53,7 @@ class Shard(BaseModel, frozen=True, extra="forbid"):
 
 
 def default_shard_size(total: int) -> int:
-    """Bytes in a file where nobody says how many: about 32 files, of 256 MB to mergekit's 5 GB.
+    """Bytes in a file unless they are given: about 32 files, of 256 MB to mergekit's 5 GB.
 
     It depends on the model alone, so that the number of workers changes no byte of the output.
     """

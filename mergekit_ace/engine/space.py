@@ -1,4 +1,4 @@
-"""Is there room for the output before hours are spent on it?"""
+"""Whether the output fits on the disk, before hours are spent on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a merge also estimates what nobody but a report or a log will read.
+"""Whether a merge also estimates what only a report or a log reads.
 
 A context rather than an argument: it changes no result, and would otherwise pass through every method's signature.
 """

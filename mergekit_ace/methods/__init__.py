@@ -2,7 +2,7 @@
 
 import sys
 
-# Before any module of this room: the import of mergekit ends in the startup hook, and that imports ours. Were one of
+# Before any module of this package: the import of mergekit ends in the startup hook, and that imports ours. Were one of
 # them to start mergekit's import, the hook would find it half imported. An import that is under way is not waited for:
 # it may be that of another thread, whose hook waits for this package.
 if "mergekit.merge_methods" not in sys.modules:

@@ -88,15 +88,15 @@ class Ace(LayerwiseMethod):
             bool | Preset,
             default="preset",
             requirement="true or false",
-            description="answer to the experts' inputs no louder than they do themselves",
+            description="the mean response under the experts' second moments is at most the experts' own",
         ),
         parameter(
             "length_bound",
             bool | Literal["auto"] | Preset,
             default="preset",
             requirement="true, false or 'auto'",
-            description="no farther from the base than the sum of independent updates would be; 'auto': than twice the "
-            "sum of their norms. Adapters are held nearer by both",
+            description="norm of the merged update at most that of the sum of independent updates; 'auto': twice the "
+            "sum of their norms. For adapters both are smaller",
         ),
     )
 

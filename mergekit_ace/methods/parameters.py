@@ -39,7 +39,7 @@ def parameter(
     Args:
         name: as in the recipe.
         value_type: anything that pydantic validates.
-        default: value where the recipe says nothing.
+        default: value where the recipe has none.
         requirement: completes "parameter <name> must be ...".
         description: for `mergekit-ace methods`.
         scope: shared by all inputs, or given per expert.

@@ -1,7 +1,7 @@
 """Whether an adapter does anything to its base: what peft would load of it, and whether that is an update.
 
-peft passes over keys that fit no module of the base, and over an update of zeros, without a word: the "expert" is then
-its base.
+peft ignores keys that fit no module of the base, and an update of zeros, without a message: the "expert" is then its
+base.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Examination:
 
 
 def check_recipe(file: Path, options: MergeOptions | None = None) -> Examination:
-    """Find what mergekit would pass over in silence, or stop at late; writes nothing and merges no adapter.
+    """Find what mergekit would ignore without a message, or stop at late; writes nothing and merges no adapter.
 
     What the recipe itself says comes first: while it has errors, nothing is asked of the Hugging Face Hub. Then come
     headers, configurations and tokenizers, and a few matrices of every expert.

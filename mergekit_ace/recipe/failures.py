@@ -1,4 +1,4 @@
-"""Why a recipe cannot be planned, in words for a person."""
+"""Why a recipe cannot be planned, in messages for users."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ def _pickle(path: Path) -> dict[str, TensorHeader]:
     except UnpicklingError as error:  # torch's own words go on to say how to run the code
         raise RuntimeError(
             f"{path} must be a whole pickle of tensors; it is damaged or holds more, and nothing in it was run. "
-            "Take the model as safetensors, from somebody whom you trust"
+            "Take the model as safetensors, from a source that you trust"
         ) from error
     except Exception as error:  # zip, pickle and torch each have their own
         raise RuntimeError(f"{path} must be a whole PyTorch checkpoint; {message_of(error)}") from error

@@ -1,4 +1,4 @@
-"""What somebody may have meant."""
+"""The known name nearest to a misspelled one."""
 
 from __future__ import annotations
 

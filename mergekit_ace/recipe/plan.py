@@ -186,8 +186,8 @@ class PlannedTensor:
         group.validate_tensors()
         parameters = dict(self.shared_parameters)
         for parameter in method.spec.input_parameters:
-            voters = entries if parameter.scope == ParameterScope.INPUT else group.non_base
-            present = {entry.id for entry in voters}
+            contributors = entries if parameter.scope == ParameterScope.INPUT else group.non_base
+            present = {entry.id for entry in contributors}
             values = [(m, self._task.input_parameters[m][parameter.name]) for m in tensors if m in present]
             parameters[parameter.name] = PerInputValues(values)
         inputs = Inputs(group=group, parameters=parameters)

@@ -1,4 +1,4 @@
-"""What a recipe says and mergekit passes over: keys and parameters nobody reads, filters that match nothing."""
+"""What mergekit ignores in a recipe: keys and parameters that it does not read, filters that match nothing."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def check_parameters(document: Mapping[str, Any]) -> Iterator[Finding]:
             if name not in known:
                 yield Finding(
                     level="error",
-                    what=f"{block.where}: {method} has no parameter {name!r}; mergekit ignores it in silence",
+                    what=f"{block.where}: {method} has no parameter {name!r}; mergekit ignores it without a message",
                     remedy=did_you_mean(str(name), known) or f"It has: {', '.join(known)}.",
                 )
             elif block.model is not None and known[name].scope == ParameterScope.SHARED:

@@ -204,7 +204,7 @@ def _check_setting(where: str, setting: Any) -> Iterator[Finding]:
     if setting == []:
         yield Finding(
             level="error",
-            what=f"{where} is an empty list; mergekit takes the default in silence",
+            what=f"{where} is an empty list; mergekit takes the default without a message",
             remedy="Give it a value, or remove it.",
         )
         return

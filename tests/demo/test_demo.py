@@ -77,7 +77,7 @@ def test_one_adapter_is_the_merged_model(demo: Demo) -> None:
 def test_each_expert_is_far_above_the_base_and_chance(demo: Demo) -> None:
     accuracy = demo.results["accuracy"]
     better = [accuracy["experts"][task.name] - accuracy["base"][task.name] for task in TASKS]
-    # Heads were trained with their experts, so the base is not at chance; some 100 texts leave room for noise.
+    # Heads were trained with their experts, so the base is not at chance; some 100 texts are noisy.
     assert sum(better) / len(better) > 0.03
     for task in TASKS:
         assert accuracy["experts"][task.name] > 1 / len(task.labels) + 0.25

@@ -8,7 +8,7 @@ A tensor on it is a `DeviceTensor`: `tensor.device` is `gpu:N`, and every operat
 it holds. What CUDA refuses raises: operands on two devices, a generator of another device. What makes the host wait for
 CUDA is counted by the place in our code that asked for it, and so are the bytes that are alive at once.
 
-It says nothing about the speed of a device, about memory that a kernel allocates for itself, or about its rounding.
+It does not show the speed of a device, about memory that a kernel allocates for itself, or about its rounding.
 `torch.tensor` cannot make a tensor on it, because its constructor calls no dispatch mode; it raises there.
 """
 

@@ -94,5 +94,5 @@ def test_products_may_be_rounded_as_tensor_cores_round_them() -> None:
     for tf32, expected in ((False, entry**2), (True, 1.0)):
         with PretendedAccelerator(tf32=tf32) as accelerator:
             here = accelerator.place(torch.full((1, 1), entry), "gpu:0")
-            # float32 has no room for the last bit of the square.
+            # float32 does not hold the last bit of the square.
             assert (here @ here).item() == pytest.approx(expected, rel=2**-23)

@@ -9,7 +9,7 @@ from tests.checkpoints import Family, Suite, read_tensors
 from tests.checkpoints.suite import Checkpoint
 from tests.reference import Recipe, merge_tensor
 
-# Of the merged task vector, for float64 inputs: conditioning up to 1e5 times float64's 1e-16, and some room.
+# Of the merged task vector, for float64 inputs: conditioning up to 1e5 times float64's 1e-16, and a margin.
 FLOAT64_TOLERANCE = 1e-9
 # For float32 inputs an error below this is as good as none: a handful of roundings. Above it, the literal steps in
 # float32 on the same tensor are the measure; on a single tensor the roundings of either may fall better or worse than

@@ -47,7 +47,7 @@ def fails(recipe: dict[str, object], out: Path, message: str, error: type[Except
         ("spectral_fraction", "all"),
         ("structural_prior", "maybe"),
         ("structural_prior", 2),
-        ("retention_bound", "loud"),
+        ("retention_bound", "strong"),
         ("length_bound", "long"),
         ("length_bound", 2.0),
         ("correlation_threshold", -0.1),
@@ -185,7 +185,7 @@ def test_damage_in_one_slice_of_a_stack() -> None:
 
 
 def test_16_bit_inputs_whose_difference_overflows() -> None:
-    """Finite inputs, yet the merged weight has no number in float16: never an infinity in silence."""
+    """Finite inputs, yet the merged weight has no number in float16: never an infinity without an error."""
     base, expert = torch.full((2, 4, 4), 6e4, dtype=torch.float16)
     with pytest.raises(ValueError, match="up_proj"):
         merge_tensors([base, -expert], "ace", base_index=0, name="up_proj", parameters={**PUBLISHED, "lambda": -1.0})

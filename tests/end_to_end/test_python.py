@@ -144,7 +144,7 @@ def test_no_informative_expert_gives_the_base_bit_for_bit(shape: tuple[int, ...]
 
 
 def test_an_expert_once_stored_in_another_dtype() -> None:
-    """float16 cannot hold bfloat16's smallest numbers: rounding in a layer that an expert did not train is no vote."""
+    """float16 cannot hold bfloat16's smallest numbers: rounding in a layer that was not trained is no update."""
     base = (0.02 * torch.randn(32, 24)).bfloat16()
     base[0, 0] = 2e-8
     frozen, trained = base.half(), base.float() + torch.randn(32, 24)
@@ -211,8 +211,8 @@ def test_state_dicts() -> None:
         assert_tensor(name, tensor, [m[name] for m in models.values()], recipe)
 
 
-def test_scale_of_the_published_proxies_is_the_users_business() -> None:
-    """The published ridge is absolute: updates a thousand times smaller drown in it and the merge becomes a mean."""
+def test_the_published_ridge_does_not_scale_with_the_updates() -> None:
+    """The published ridge is absolute: updates a thousand times smaller are below it and the merge becomes a mean."""
     base, *experts = drawn(3, 10, 8, scale=1e-3)
     updates = [expert - base for expert in experts]
     result = merged([base, *experts], heterogeneity_threshold=NEVER) - base

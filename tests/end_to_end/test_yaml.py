@@ -83,7 +83,7 @@ def test_conv1d_by_filter(tmp_path: Path) -> None:
 
 LAZILY = pytest.param(
     ("--lazy-unpickle",),
-    marks=pytest.mark.xfail(sys.version_info >= (3, 13), reason="mergekit 0.1.5 cannot (README, Limits)", strict=True),
+    marks=pytest.mark.xfail(sys.version_info >= (3, 13), reason="mergekit 0.1.5 cannot (docs/limits.md)", strict=True),
 )
 
 

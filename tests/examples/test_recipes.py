@@ -187,7 +187,7 @@ def test_specialists_then_chat(tmp_path: Path) -> None:
 
 
 def test_union_tokenizer(tmp_path: Path) -> None:
-    """One expert has two tokens of its own; the output has room for all, and pads to 64."""
+    """One expert has two tokens of its own; the output has all of them, and pads to 64."""
     family = causal("mistral-untied", transformers.MistralConfig(**GROUPED, tie_word_embeddings=False), tables=TABLES)
     suite = make_suite(family, tmp_path, experts=2)
     wider = transformers.AutoModelForCausalLM.from_pretrained(suite.experts[0].path)

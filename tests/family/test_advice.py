@@ -1,6 +1,6 @@
 """The rulebook, held on real merges: each cause is named once a merge, with numbers and a remedy that helps.
 
-Sound merges of every method, under their defaults, are merged in silence.
+Merges without a cause for a warning log none, by every method under its defaults.
 """
 
 import logging

@@ -46,7 +46,7 @@ def error(actual: Tensor, expected: Tensor, base: Tensor) -> float:
 @EVERY
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_layer_is_merged(case: Case, layer: str) -> None:
-    """Finite, of the base's shape, and something: no update is lost in silence."""
+    """Finite, of the base's shape, and something: no update is lost."""
     count, shape, rank = LAYERS[layer]
     base, experts = drawn(count, *shape, rank=rank)
     merged = case.merge(base, experts)

@@ -1,4 +1,4 @@
-"""Adapters that peft would load without a word, and that do nothing, or less than they hold."""
+"""Adapters that peft would load without a message, and that do nothing, or less than they hold."""
 
 import copy
 import shutil

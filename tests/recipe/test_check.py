@@ -65,7 +65,7 @@ def test_a_sound_recipe_has_no_findings_and_a_cost(llama: Suite, tmp_path: Path)
     [
         (
             {"parameters": {"epsilom": 1}},
-            "no parameter 'epsilom'; mergekit ignores it in silence | Did you mean epsilon?",
+            "no parameter 'epsilom'; mergekit ignores it without a message | Did you mean epsilon?",
         ),
         ({"paramters": {}}, "mergekit does not read 'paramters' in the recipe | Did you mean parameters?"),
         ({"merge_method": "acee"}, "got 'acee' | Did you mean ace?"),
@@ -127,8 +127,8 @@ def test_experts_that_are_the_base_and_experts_of_another(llama: Suite, tmp_path
     twin = Path(shutil.copytree(llama.base.path, tmp_path / "twin"))
     (error,) = found(examine(with_expert(llama, twin), tmp_path), "error")
     assert f"{twin} equals the base in every tensor" in error
-    stranger = make_suite("llama", tmp_path / "stranger", experts=1, seed=7, update=Update.EVEN, scale=SMALL)
-    (error,) = found(examine(with_expert(llama, stranger.experts[0].path), tmp_path), "error")
+    unrelated = make_suite("llama", tmp_path / "unrelated", experts=1, seed=7, update=Update.EVEN, scale=SMALL)
+    (error,) = found(examine(with_expert(llama, unrelated.experts[0].path), tmp_path), "error")
     assert "is no fine-tune of the base" in error
 
 

@@ -106,7 +106,7 @@ def ace_default(
         isometry, values = top_isometry(W, k, relative_rank)
         W = W + (1 - 1 / independent) * values.mean() * isometry
 
-    # 5. No louder, on the experts' own inputs, than they are in the mean.
+    # 5. Retention bound: the mean response under the experts' second moments is at most their own.
     own = float(sum(a_t * ((d @ s) * d).sum() for a_t, d, s in zip(a, D, S, strict=True)))
     retention = float((W * numerator).sum()) / own
     factor = 1 / max(1.0, retention)

@@ -1,4 +1,4 @@
-"""The reference itself, against values that can be worked out by hand and against the limits its page states."""
+"""The reference itself, against values with closed forms and against the limits its page states."""
 
 import math
 

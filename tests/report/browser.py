@@ -67,8 +67,8 @@ class Page:
 
     def complaints(self) -> list[dict[str, Any]]:
         """Everything that reached the console, and every exception."""
-        loud = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
-        return [event for event in self.events if event.get("method") in loud]
+        reported = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+        return [event for event in self.events if event.get("method") in reported]
 
     def requests(self) -> list[str]:
         """The address of everything asked for."""

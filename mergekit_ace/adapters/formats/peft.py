@@ -72,7 +72,7 @@ def configured(settings: Mapping[str, Any], option: str, module: str, *, name: s
     """`r` or an alpha of a module, by its pattern if one fits: the first does, as in peft.
 
     Raises:
-        AdapterError: the configuration says nothing.
+        AdapterError: the configuration is empty.
     """
     patterns = settings.get("rank_pattern" if option == "r" else "alpha_pattern") or {}
     if module in patterns:

@@ -5,7 +5,7 @@
     <- {"tensor": NAME, "seconds": 0.5}                  as they are made
     <- {"receipt": {...}} or {"error": "..."}            one for each shard
 
-It ends with its input: when the driver dies, whatever this process is at.
+It ends with its input: when the driver ends, whatever this process is doing.
 """
 
 from __future__ import annotations

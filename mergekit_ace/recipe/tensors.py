@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from mergekit.common import ModelReference, dtype_from_name
 
+from mergekit_ace.methods.advice import table_merged_as_matrix
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.policy import is_embedding
 from mergekit_ace.recipe.findings import Finding
@@ -121,12 +122,8 @@ def check_treatments(plan: Plan) -> Iterator[Finding]:
             remedy="Remove input_axis, or confine it by filters.",
         )
     if tables:
-        yield Finding(
-            level="warning",
-            what=f"{_some(tables)}: embedding tables or heads merged by {plan.method.name}, which the authors leave "
-            "out: their rows are no outputs of a linear layer on shared inputs",
-            remedy="Leave embeddings at average, or set it to base.",
-        )
+        what, remedy = table_merged_as_matrix(plan.method.name)
+        yield Finding(level="warning", what=f"{_some(tables)}: {what}", remedy=remedy)
 
 
 def _is_published(plan: Plan) -> bool:

@@ -191,7 +191,7 @@ def test_settings_that_cost_quality(llama: Suite, tmp_path: Path) -> None:
     recipe = document(llama, dtype="bfloat16", parameters={"embeddings": "ace"})
     tables, precision = sorted(found(examine(recipe, tmp_path), "warning"), key=lambda text: "float32" in text)
     assert "dtype: float32 and out_dtype: bfloat16" in precision
-    assert "model.embed_tokens.weight, lm_head.weight: embedding tables or heads merged by ace" in tables
+    assert "model.embed_tokens.weight, lm_head.weight: embeddings: ace merges an embedding table" in tables
 
 
 def test_conv1d_layers_want_their_input_axis_first(tmp_path: Path) -> None:

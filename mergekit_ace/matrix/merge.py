@@ -66,7 +66,12 @@ class MatrixMerge(MergeFacts):
     def times_(self, unit: float) -> MatrixMerge:
         """The merge of task vectors that were divided by `unit`, as that of the undivided ones; in place."""
         refinement = self.refinement and self.refinement.times_(unit)
-        return replace(self, task_vector=self.task_vector.mul_(unit), refinement=refinement)
+        return replace(
+            self,
+            task_vector=self.task_vector.mul_(unit),
+            refinement=refinement,
+            refinement_norm=refinement.norm if refinement else None,
+        )
 
     def describe(self) -> str:
         """The facts above in one line, for a log."""

@@ -15,6 +15,8 @@ from mergekit.merge_methods.api import merge_state_dicts, merge_tensors
 from torch import Tensor
 
 import mergekit_ace
+from mergekit_ace.matrix.expert import Expert
+from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from tests.checkpoints import Suite, Update, make_suite
 from tests.commands import mergekit_yaml
@@ -177,6 +179,17 @@ def test_a_cause_is_logged_once_a_merge_and_again_in_the_next(caplog: pytest.Log
     for name in (None, "c", "d"):  # the last two: one merge, tensor by tensor
         merge_tensors(tensors, "ace", base_index=0, name=name)
     assert len(messages(caplog)) == 2
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-25])
+def test_what_a_merge_records_is_in_units_of_the_weights(size: float) -> None:
+    """Updates of 1e-25 are merged in units of their own."""
+    base = torch.zeros(60, 30)
+    experts = [Expert(name=str(t), tensor=(size * update).float()) for t, update in enumerate(FULL)]
+    ace = METHODS["ace"]
+    merge = ace.merge(TaskVectors(base, experts), {item.name: item.default for item in ace.parameters})
+    assert merge.refinement is not None
+    assert merge.facts().refinement_norm == pytest.approx(float(merge.refinement.update.double().norm()), rel=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -6,22 +6,26 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from mergekit.common import dtype_from_name
 from rich.filesize import decimal
 
 from mergekit_ace.linalg.precision import working_dtype
-from mergekit_ace.matrix.workload import averaging_bytes, multiply_adds, working_numbers
+from mergekit_ace.matrix.workload import averaging_bytes, working_numbers
 from mergekit_ace.methods.layerwise import LayerwiseMethod
+from mergekit_ace.recipe.arithmetic import Arithmetic, arithmetic_of
 from mergekit_ace.recipe.devices import missing_device
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
 
 _PYTHON = 700_000_000
 """Resident size of a process that has imported torch, transformers and mergekit, in bytes."""
-_PROBE = 512
-"""Size of the matrices that are multiplied and decomposed to measure the machine."""
+# Sizes of the matrices that are multiplied and decomposed to measure the machine: the first that takes long enough for
+# the start of the work not to count, some 10 us of a product and ms of a decomposition on an accelerator.
+_PROBES = (512, 1024, 2048, 4096, 8192)
+_LONG_ENOUGH = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +47,9 @@ class Cost:
 
 
 def estimate(plan: Plan) -> Cost:
-    """Estimate from the headers, and from the speed of one product and one decomposition on the chosen device."""
+    """Estimate from the headers, and from the speed of products and decompositions on the chosen device."""
     read = written = workspace = 0
-    products = cubes = 0.0
+    arithmetic = Arithmetic()
     dtype, out = dtype_from_name(plan.recipe.config.dtype), dtype_from_name(plan.recipe.config.out_dtype)
     for tensor in plan.tensors:
         models = [model for model in (tensor.base, *tensor.experts) if model is not None and tensor.reads(model)]
@@ -62,13 +66,15 @@ def estimate(plan: Plan) -> Cost:
             count, m, n = matrix
             experts = len(headers) - 1
             buffers = working_numbers(m, n, experts) * working_dtype(dtype or stored).itemsize
-            products += count * multiply_adds(m, n, experts)
-            cubes += count * min(m, n) ** 3
+            assert isinstance(plan.method, LayerwiseMethod)
+            arithmetic += arithmetic_of(plan.method, tensor.shared_parameters, m, n, experts) * count
         workspace = max(workspace, inputs + buffers)
     seconds = None
     if isinstance(plan.method, LayerwiseMethod) and missing_device(plan.options) is None:
-        per_product, per_cube = _speed(plan.device)
-        seconds = products * per_product + cubes * per_cube
+        speed = _speed(plan.device)
+        seconds = (
+            arithmetic.single * speed.single + arithmetic.double * speed.double + arithmetic.cubes * speed.decomposition
+        )
     shard = min(written, plan.options.out_shard_size)  # bytes, whatever mergekit's help says
     return Cost(
         read=read,
@@ -110,13 +116,48 @@ def solved_matrices(plan: Plan, tensor: PlannedTensor, shape: tuple[int, ...]) -
     return (shape[0] if kind == "stack" else 1), m, n
 
 
-def _speed(device: torch.device) -> tuple[float, float]:
-    """Seconds of one float32 multiply-add, and of one float64 eigendecomposition over its size cubed."""
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Seconds of a multiply-add in float32 and float64, and of a float64 eigendecomposition over its size cubed."""
+
+    single: float
+    double: float
+    decomposition: float
+
+
+@lru_cache(maxsize=8)
+def _speed(device: torch.device) -> Speed:
+    return Speed(
+        single=per_cube(lambda size: _product_seconds(size, device, torch.float32)),
+        double=per_cube(lambda size: _product_seconds(size, device, torch.float64)),
+        decomposition=per_cube(lambda size: _decomposition_seconds(size, device)),
+    )
+
+
+def per_cube(seconds: Callable[[int], float]) -> float:
+    """Seconds over the size cubed, of the first size that takes long enough to be measured."""
+    measured = 0.0
+    for size in _PROBES:
+        measured = seconds(size) / size**3
+        if measured * size**3 >= _LONG_ENOUGH:
+            break
+    return measured
+
+
+def _product_seconds(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    matrix = _matrix(size, device).to(dtype)
+    return _seconds(lambda: matrix @ matrix)
+
+
+def _decomposition_seconds(size: int, device: torch.device) -> float:
+    matrix = _matrix(size, device).double()
+    symmetric = matrix + matrix.mT
+    return _seconds(lambda: torch.linalg.eigh(symmetric))
+
+
+def _matrix(size: int, device: torch.device) -> torch.Tensor:
     generator = torch.Generator(device="cpu").manual_seed(0)
-    left = torch.randn(_PROBE, _PROBE, generator=generator, device="cpu").to(device)
-    symmetric = (left @ left.mT).double()
-    volume = float(_PROBE**3)
-    return _seconds(lambda: left @ left) / volume, _seconds(lambda: torch.linalg.eigh(symmetric)) / volume
+    return torch.randn(size, size, generator=generator, device="cpu").to(device)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -49,6 +49,7 @@ class Request:
         _require_one_layout(self.adapters)
         _require_kinship(self.adapters, self.base)
         self._places.update(_common_places(self.adapters))
+        _require_one_form(self.adapters, self._places)
 
     @property
     def base_name(self) -> str | None:
@@ -119,6 +120,19 @@ def _common_places(adapters: Sequence[Adapter]) -> dict[str, Place]:
                     f"{_described(update.place)} for {adapter.name}. Merge adapters of one base model"
                 )
     return places
+
+
+def _require_one_form(adapters: Sequence[Adapter], places: Mapping[str, Place]) -> None:
+    """A weight cannot be updated and replaced at once."""
+    for adapter in adapters:
+        for key in adapter.replaced:
+            name = key.removeprefix("base_model.model.")
+            if name in places:
+                other = next(a.name for a in adapters if name in a.updates)
+                raise AdapterError(
+                    f"{name} must be adapted by factors in all adapters, or saved whole in all; it is adapted by "
+                    f"{other}, and saved whole by {adapter.name} (modules_to_save). Train one of them like the other"
+                )
 
 
 def _described(place: Place) -> str:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mergekit_ace import merge_adapters
-from mergekit_ace.adapters.opening import open_adapter
+from mergekit_ace.adapters.opening import adapters_of_model, open_adapter
 from mergekit_ace.adapters.tensors import AdapterError
 from tests.adapters.makers import adapted, classifier, gpt2, llama, merged_weights, mixture, saved, updates_of
 
@@ -182,6 +182,30 @@ def test_a_merged_adapter_trains_on(tmp_path: Path) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert losses[2] < losses[0]
+
+
+def test_the_adapters_of_a_live_model_become_one_of_it() -> None:
+    model = adapted(llama(), peft.LoraConfig(r=3, lora_alpha=12, target_modules=LINEAR), seed=1)
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    merged = merge_adapters(model, parameters=AVERAGE)
+    assert merged.report.adapters == ("default", "second")
+    first, second = (updates_of(adapter) for adapter in adapters_of_model(model))
+    model.add_adapter("merged", peft.LoraConfig(**merged.configuration))
+    peft.set_peft_model_state_dict(model, merged.tensors, adapter_name="merged")
+    (loaded,) = adapters_of_model(model, ["merged"])
+    for name, update in updates_of(loaded).items():
+        expected = (first[name] + second.get(name, torch.zeros_like(update))) / 2
+        torch.testing.assert_close(update, expected, atol=1e-6, rtol=1e-5)
+    assert set(updates_of(loaded)) == set(first)
+
+
+def test_a_module_that_one_adapter_saves_whole_and_another_adapts_is_refused(tmp_path: Path) -> None:
+    base = classifier()
+    whole = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+    factors = peft.LoraConfig(r=2, target_modules=["query", "classifier.dense"])
+    folders = [saved(adapted(base, config, seed=i), tmp_path / f"a{i}") for i, config in enumerate((whole, factors))]
+    with pytest.raises(AdapterError, match=r"classifier\.dense\.weight must be adapted by factors in all .*a1.*a0"):
+        merge_adapters(folders)
 
 
 def test_a_rank_is_kept_by_every_module(tmp_path: Path) -> None:

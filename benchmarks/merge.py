@@ -1,6 +1,6 @@
-"""Whole merges by `mergekit-yaml`: ACE beside `ties` and `task_arithmetic`, with the same options.
+"""Whole merges: ACE beside `ties` and `task_arithmetic`, mergekit's executor beside this project's engine.
 
-python -m benchmarks.merge [--case NAME]... [--recipe NAME]... [--rounds N] [--layers N] [--device cpu|cuda]
+python -m benchmarks.merge [--case NAME]... [--recipe NAME]... [--engine NAME]... [--rounds N] [--layers N]
 
 Every run is a process of its own, start and imports included. Checkpoints have the real names and shapes and made-up
 weights; they are written under `--work` and deleted afterwards, unless told to keep them. What a results folder holds
@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from benchmarks.speed.checkpoints import LLAMA_1B, LLAMA_3B, LLAMA_70B, ROBERTA, Architecture, write_base, write_expert
-from benchmarks.speed.command import Usage, mergekit_yaml
+from benchmarks.speed.command import Command, Usage, run_merge
 from benchmarks.speed.record import Record, Run, Target, machine
 from benchmarks.speed.tables import environment_line, runs_table, targets_table
 
@@ -46,6 +46,15 @@ CASES = {
     "llama-3b": Case(architecture=LLAMA_3B, experts=3, options=SHARDED),
     "llama-70b": Case(architecture=LLAMA_70B, experts=8, options=SHARDED, layers=1),
 }
+YAML = "mergekit-yaml"
+ENGINES: Mapping[str, tuple[Command, tuple[str, ...]]] = {
+    YAML: ("mergekit-yaml", ()),
+    "engine": ("mergekit-ace", ()),
+    "engine, 2 processes": ("mergekit-ace", ("--workers", "2")),
+    "engine, Ray with 2": ("mergekit-ace", ("--workers", "2", "--ray")),
+}
+"""What runs the merge; all of them with the same recipe and the same sizes of the output's files."""
+
 BASELINE = "ties"
 RECIPES: Mapping[str, Mapping[str, object]] = {
     "ace": {"merge_method": "ace"},
@@ -70,22 +79,32 @@ def checkpoints(case: Case, layers: int, folder: Path) -> tuple[Path, list[Path]
 
 
 def measure(
-    case: Case, base: Path, experts: list[Path], layers: int, recipes: list[str], rounds: int, work: Path, device: str
+    case: Case,
+    base: Path,
+    experts: list[Path],
+    layers: int,
+    recipes: list[str],
+    rounds: int,
+    work: Path,
+    device: str,
+    engines: tuple[str, ...] = (YAML,),
 ) -> list[Run]:
     """Run all recipes in turns."""
     architecture = case.architecture
-    usages: dict[str, list[Usage]] = {recipe: [] for recipe in recipes}
+    names = {(recipe, engine): label(recipe, engine) for recipe in recipes for engine in engines}
+    usages: dict[str, list[Usage]] = {name: [] for name in names.values()}
     for place in range(rounds):
-        for recipe in recipes:
+        for (recipe, engine), name in names.items():
+            command, more = ENGINES[engine]
             file = work / "recipe.yml"
             file.write_text(document(recipe, architecture, base, experts), encoding="utf-8")
             out = work / "merged"
             flags = ["--cuda"] if device == "cuda" else []
-            usage = mergekit_yaml(file, out, "--no-copy-tokenizer", "--quiet", *case.options, *flags)
+            usage = run_merge(command, file, out, "--no-copy-tokenizer", "--quiet", *case.options, *flags, *more)
             shutil.rmtree(out)
-            usages[recipe].append(usage)
+            usages[name].append(usage)
             click.echo(
-                f"{architecture.name}, {layers} layers, {recipe}, round {place + 1}: {usage.seconds:.1f} s, "
+                f"{architecture.name}, {layers} layers, {name}, round {place + 1}: {usage.seconds:.1f} s, "
                 f"{usage.cpu_seconds:.1f} s of CPU, "
                 f"{usage.peak_rss / 1e9:.2f} GB"
             )
@@ -102,6 +121,11 @@ def measure(
         )
         for recipe, found in usages.items()
     ]
+
+
+def label(recipe: str, engine: str) -> str:
+    """How a run is called in the tables."""
+    return recipe if engine == YAML else f"{recipe}, {engine}"
 
 
 def document(recipe: str, architecture: Architecture, base: Path, experts: list[Path]) -> str:
@@ -162,6 +186,9 @@ def report(record: Record) -> str:
 @click.command(help=__doc__)
 @click.option("--case", "cases", type=click.Choice(list(CASES)), multiple=True, help="Only these; may be repeated.")
 @click.option("--recipe", "recipes", type=click.Choice(list(RECIPES)), multiple=True, help="Only these, likewise.")
+@click.option(
+    "--engine", "engines", type=click.Choice(list(ENGINES)), multiple=True, help="These; [default: mergekit-yaml]"
+)
 @click.option("--rounds", type=click.IntRange(min=1), help="[default: 3 of roberta, else 1]")
 @click.option(
     "--layers", type=click.IntRange(min=1), help="Of a shortened model. [default: the real depth; 1 of llama-70b]"
@@ -175,6 +202,7 @@ def report(record: Record) -> str:
 def main(
     cases: tuple[str, ...],
     recipes: tuple[str, ...],
+    engines: tuple[str, ...],
     rounds: int | None,
     layers: int | None,
     device: str,
@@ -196,7 +224,8 @@ def main(
             folder = (work if work and keep else Path(scratch)).resolve() / f"{name}-{depth}"
             base, experts = checkpoints(case, depth, folder)
             chosen = list(recipes or RECIPES)
-            found = measure(case, base, experts, depth, chosen, rounds or case.rounds, Path(scratch).resolve(), device)
+            times, place = rounds or case.rounds, Path(scratch).resolve()
+            found = measure(case, base, experts, depth, chosen, times, place, device, engines or (YAML,))
         for run in found:
             record.add(run)
         record.save(results / f"{stem}.json")

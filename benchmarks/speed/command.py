@@ -1,6 +1,6 @@
-"""`mergekit-yaml` in a process of its own, with what it used.
+"""`mergekit-yaml` or `mergekit-ace merge` in a process of its own, with what it used.
 
-python -m benchmarks.speed.command PEAK RECIPE OUT [OPTION]...
+python -m benchmarks.speed.command COMMAND PEAK RECIPE OUT [OPTION]...
 
 The click entry point of the installed command, with this project's methods registered; at the end the peak memory on
 the accelerator is written to the file PEAK, 0 where there is none.
@@ -13,6 +13,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 PROJECT = Path(__file__).resolve().parents[2]
 _SAMPLING_SECONDS = 0.02
@@ -29,14 +30,18 @@ class Usage:
     peak_device: int
 
 
-def mergekit_yaml(recipe: Path, out: Path, *options: str) -> Usage:
-    """Run it to its end.
+Command = Literal["mergekit-yaml", "mergekit-ace"]
+
+
+def run_merge(command_name: Command, recipe: Path, out: Path, *options: str) -> Usage:
+    """Run it to its end. Of several processes the memory is that of the first, the seconds of CPU are of all.
 
     Raises:
         RuntimeError: it failed; with the end of what it printed.
     """
     peak_file, log = out.with_name(out.name + ".peak"), out.with_name(out.name + ".log")
-    command = [sys.executable, "-m", "benchmarks.speed.command", str(peak_file), str(recipe), str(out), *options]
+    arguments = [command_name, str(peak_file), str(recipe), str(out), *options]
+    command = [sys.executable, "-m", "benchmarks.speed.command", *arguments]
     with log.open("wb") as printed:
         began = time.perf_counter()
         process = subprocess.Popen(command, cwd=PROJECT, stdout=printed, stderr=subprocess.STDOUT)
@@ -79,16 +84,20 @@ class _Sampler(threading.Thread):
             self.peak = max(self.peak, *sizes) if sizes else self.peak
 
 
-def _run(peak_file: Path, arguments: list[str]) -> None:
+def _run(command: str, peak_file: Path, arguments: list[str]) -> None:
     import torch
     from mergekit.scripts import run_yaml
 
     import mergekit_ace
+    from mergekit_ace.cli import main
 
     mergekit_ace.register()
-    run_yaml.main.main(args=arguments, prog_name="mergekit-yaml", standalone_mode=False)
+    if command == "mergekit-ace":
+        main.main(args=["merge", *arguments], prog_name=command, standalone_mode=False)
+    else:
+        run_yaml.main.main(args=arguments, prog_name=command, standalone_mode=False)
     peak_file.write_text(str(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0))
 
 
 if __name__ == "__main__":
-    _run(Path(sys.argv[1]), sys.argv[2:])
+    _run(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -38,7 +38,7 @@ def reported(*, traceback: bool = False) -> Iterator[None]:
         with _stoppable():
             yield
     except Stopped as stopped:
-        click.echo(f"Stopped by {signal.Signals(stopped.number).name}; nothing was written.", err=True)
+        click.echo(f"Stopped by {signal.Signals(stopped.number).name}; no model was written.", err=True)
         raise click.exceptions.Exit(128 + stopped.number) from None
     except click.ClickException:
         raise

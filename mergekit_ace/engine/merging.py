@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,7 +127,8 @@ def merge(request: Request, employ: Employ, watch: Watcher = lambda event: None)
         _write_others(request, plan, stage.folder)
         early = tuple(notices)
         site = Site(request=request, plan=plan, work=work, folder=folder, stage=stage, watch=watch)
-        receipts = [*taken.values(), *_make(site, employ, by_cost(todo), list(taken.values()))]
+        made = stack.enter_context(contextlib.closing(_make(site, employ, by_cost(todo), list(taken.values()))))
+        receipts = [*taken.values(), *made]
         _finish(request, work, receipts, stage.folder)
         counts = dict(treatments(plan))
     return Outcome(
@@ -205,7 +206,9 @@ def _write_others(request: Request, plan: Plan, folder: Path) -> None:
         write_files(plan, request.recipe.text, folder, folder.name)
 
 
-def _make(site: Site, employ: Employ, todo: Sequence[Shard], taken: Sequence[Receipt]) -> Iterator[Receipt]:
+def _make(
+    site: Site, employ: Employ, todo: Sequence[Shard], taken: Sequence[Receipt]
+) -> Generator[Receipt, None, None]:
     said: set[str] = set()
 
     def warn(notices: Sequence[Notice]) -> None:
@@ -216,11 +219,13 @@ def _make(site: Site, employ: Employ, todo: Sequence[Shard], taken: Sequence[Rec
 
     with employ(site) as workers:
         site.watch(Planned(site.work, tuple(todo), tuple(taken), workers.description, workers.elsewhere))
-        for receipt in workers.make(todo):
-            write_receipt(receipt, site.stage.receipts)
-            warn(receipt.warnings)
-            site.watch(ShardMade(receipt))
-            yield receipt
+        # Closed at once where anything fails: no worker must write into a folder that is being removed.
+        with contextlib.closing(workers.make(todo)) as receipts:
+            for receipt in receipts:
+                write_receipt(receipt, site.stage.receipts)
+                warn(receipt.warnings)
+                site.watch(ShardMade(receipt))
+                yield receipt
 
 
 def _finish(request: Request, work: MergePlan, receipts: Sequence[Receipt], folder: Path) -> None:

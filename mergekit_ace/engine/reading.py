@@ -72,7 +72,7 @@ class ReadingAhead:
         fits = present.inputs + present.workspace + ahead.inputs <= self._memory
         if not fits:
             LOG.warning(
-                "%s and the tensor after it do not fit into --memory together: one is read at a time",
+                "%s and the tensor after it do not fit into a worker's memory (--memory): one is read at a time",
                 self._tensors[place - 1].name,
                 extra={"cause": "memory"},
             )

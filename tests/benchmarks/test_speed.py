@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from benchmarks import merge, solver
 from benchmarks.speed import contenders, memory, timing
 from benchmarks.speed.checkpoints import Architecture, write_base, write_expert
-from benchmarks.speed.command import mergekit_yaml
+from benchmarks.speed.command import run_merge
 from benchmarks.speed.layers import ADAPTER_RANK, Layer, Shape, adapted, fine_tuned, parse_shape
 from benchmarks.speed.record import Memory, Record, Run, Target, Timing, geometric_mean
 from tests.checkpoints import read_tensors
@@ -217,7 +217,7 @@ def test_a_run_is_the_real_command_and_its_failure_is_told(
     base, experts = checkpoints
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(merge.document("ace", TINY, base, experts))
-    usage = mergekit_yaml(recipe, tmp_path / "out", "--no-copy-tokenizer", "--quiet")
+    usage = run_merge("mergekit-yaml", recipe, tmp_path / "out", "--no-copy-tokenizer", "--quiet")
     merged = read_tensors(tmp_path / "out")
     assert merged["model.layers.1.mlp.up_proj.weight"].dtype == torch.bfloat16
     assert usage.seconds > 0
@@ -225,7 +225,7 @@ def test_a_run_is_the_real_command_and_its_failure_is_told(
     assert usage.peak_rss > usage.peak_anonymous > 0
     recipe.write_text("merge_method: ace\n")
     with pytest.raises(RuntimeError, match="Exactly one of"):
-        mergekit_yaml(recipe, tmp_path / "failed")
+        run_merge("mergekit-yaml", recipe, tmp_path / "failed")
 
 
 def test_the_merge_benchmark_deletes_its_checkpoints_unless_told_otherwise(

@@ -171,5 +171,5 @@ def test_a_memory_budget_changes_no_byte_and_says_where_it_is_exceeded(
     assert "one is read at a time" not in caplog.text
     result = invoke("merge", folder / "full.yml", tmp_path / "tight" / "out", *OPTIONS, "--memory", "10K")
     assert result.exit_code == 0, result.output
-    assert "do not fit into --memory together: one is read at a time" in caplog.text
+    assert "do not fit into a worker's memory (--memory): one is read at a time" in caplog.text
     assert files(tmp_path / "free" / "out") == files(tmp_path / "tight" / "out")

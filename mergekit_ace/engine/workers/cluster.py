@@ -10,7 +10,7 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ class RayWorkers:
         ray = _ray()
         return f"{self._size()} actors of Ray on {sum(node['Alive'] for node in ray.nodes())} nodes"
 
-    def make(self, shards: Sequence[Shard]) -> Iterator[Receipt]:
+    def make(self, shards: Sequence[Shard]) -> Generator[Receipt, None, None]:
         """As `Workers.make`.
 
         Raises:

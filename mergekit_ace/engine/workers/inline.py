@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from mergekit_ace.engine.making import ShardMaker
@@ -18,6 +18,7 @@ class Inline:
     description: str = "this process"
     elsewhere: bool = False
 
-    def make(self, shards: Sequence[Shard]) -> Iterator[Receipt]:
+    def make(self, shards: Sequence[Shard]) -> Generator[Receipt, None, None]:
         """As `Workers.make`."""
-        return map(self.maker.make, shards)
+        for shard in shards:
+            yield self.maker.make(shard)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Processes:
         where = f" on {', '.join(devices)}" if devices else f" of {self.threads} threads each"
         return f"{len(self.devices)} processes{where}"
 
-    def make(self, shards: Sequence[Shard]) -> Iterator[Receipt]:
+    def make(self, shards: Sequence[Shard]) -> Generator[Receipt, None, None]:
         """As `Workers.make`.
 
         Raises:

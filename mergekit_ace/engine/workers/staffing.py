@@ -24,13 +24,16 @@ _CORES_A_WORKER = 2
 """Of `auto` on a CPU: a merge's products use two threads well, many less so."""
 
 
+_SHARE_OF_FREE = 0.8
+
+
 @dataclass(frozen=True, kw_only=True)
 class Staff:
     """Who is to make a merge's shards.
 
     Args:
         workers: how many processes; `auto` for one a GPU, or one for every two cores.
-        memory: bytes that all of them may use together; no bound if None.
+        memory: bytes that all of them may use together on this machine; most of what is free if None.
         ray: the address of a Ray cluster, `auto` for a new one on this machine; None for none.
     """
 
@@ -51,7 +54,8 @@ class Staff:
                 yield workers
             return
         count = self._count(site, on_gpus)
-        memory = None if self.memory is None else self.memory // count
+        available = _free_memory() if self.memory is None else self.memory
+        memory = None if available is None else available // count
         if count == 1:
             yield Inline(ShardMaker(site.plan, site.work, site.folder, memory=memory, on_tensor=_teller(site)))
             return
@@ -69,6 +73,16 @@ class Staff:
         if on_gpus:
             return max(1, torch.cuda.device_count())
         return max(1, min(torch.get_num_threads() // _CORES_A_WORKER, len(site.work.shards)))
+
+
+def _free_memory() -> int | None:
+    """Most of the memory that programs can get on this machine; None where it is not told."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    kilobytes = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    return None if kilobytes is None else int(_SHARE_OF_FREE * 1024 * kilobytes)
 
 
 def _teller(site: Site) -> OnTensor:

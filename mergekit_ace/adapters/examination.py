@@ -11,8 +11,8 @@ from mergekit.options import MergeOptions
 from mergekit_ace.adapters.from_recipe import request_of
 from mergekit_ace.adapters.merge import AdapterMerge, WeightReport
 from mergekit_ace.adapters.request import Request, model_name
-from mergekit_ace.adapters.tensors import AdapterError
 from mergekit_ace.adapters.truncation import Rank
+from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.recipe.failures import READING, RecipeError, message_of
 from mergekit_ace.recipe.findings import Finding, by_severity
 from mergekit_ace.recipe.reading import read_recipe

@@ -12,11 +12,11 @@ from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
-from mergekit_ace.adapters.model import Adapter
-from mergekit_ace.adapters.opening import open_adapter
 from mergekit_ace.adapters.request import Request, model_name
-from mergekit_ace.adapters.tensors import AdapterError
 from mergekit_ace.adapters.truncation import Rank
+from mergekit_ace.factors.model import Adapter
+from mergekit_ace.factors.opening import open_adapter
+from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.methods import METHODS
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ace.adapters.core_space import CoreSpace, core_space, output_space, task_vectors_of
-from mergekit_ace.adapters.model import Factors, Place
 from mergekit_ace.adapters.request import Request
-from mergekit_ace.adapters.tensors import AdapterError
 from mergekit_ace.adapters.truncation import Rank, Truncation, input_weight, outputs_kept
+from mergekit_ace.factors.core_space import CoreSpace, core_space, output_space, task_vectors_of
+from mergekit_ace.factors.model import Factors, Place
+from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.matrix.expert import Expert, MeasuredMoment
 from mergekit_ace.matrix.task_vectors import TaskVectors

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_ace.adapters.model import TokenRows, Vector
 from mergekit_ace.adapters.request import Request
-from mergekit_ace.adapters.tensors import AdapterError
+from mergekit_ace.factors.model import TokenRows, Vector
+from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.linalg.precision import working_dtype
 
 

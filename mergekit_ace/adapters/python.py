@@ -12,13 +12,13 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from mergekit_ace.adapters.from_recipe import method_called
-from mergekit_ace.adapters.model import Adapter
-from mergekit_ace.adapters.opening import adapter_from_tensors, adapters_inside, adapters_of_model, open_adapter
 from mergekit_ace.adapters.request import Request
 from mergekit_ace.adapters.result import MergedAdapter, in_memory
-from mergekit_ace.adapters.tensors import AdapterError
 from mergekit_ace.adapters.truncation import Rank
 from mergekit_ace.adapters.write import write_merged
+from mergekit_ace.factors.model import Adapter
+from mergekit_ace.factors.opening import adapter_from_tensors, adapters_inside, adapters_of_model, open_adapter
+from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.staging import staged
 
 _SETTINGS = TypeAdapter(dict[str, ParameterSetting])

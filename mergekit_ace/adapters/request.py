@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from mergekit.config import ParameterSetting
 
-from mergekit_ace.adapters.model import Adapter, Place
-from mergekit_ace.adapters.tensors import AdapterError
 from mergekit_ace.adapters.truncation import Rank
+from mergekit_ace.factors.model import Adapter, Place
+from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.mergekit_internals import resolve_parameters
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 

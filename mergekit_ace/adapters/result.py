@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 import mergekit_ace
-from mergekit_ace.adapters.formats.diffusers import write_diffusers
-from mergekit_ace.adapters.formats.kohya import write_kohya
-from mergekit_ace.adapters.formats.peft_output import Configuration, bias_key, biased, tokens_key, write_peft
 from mergekit_ace.adapters.merge import AdapterMerge, WeightReport
-from mergekit_ace.adapters.model import Factors, Layout, Place
 from mergekit_ace.adapters.others import merged_biases, merged_replacements, merged_tokens
 from mergekit_ace.adapters.request import Request
-from mergekit_ace.adapters.tensors import AdapterError
+from mergekit_ace.factors.formats.diffusers import write_diffusers
+from mergekit_ace.factors.formats.kohya import write_kohya
+from mergekit_ace.factors.formats.peft_output import Configuration, bias_key, biased, tokens_key, write_peft
+from mergekit_ace.factors.model import Factors, Layout, Place
+from mergekit_ace.factors.tensors import AdapterError
 
 _WRITERS: dict[Layout, Callable[[Place, Factors], dict[str, Tensor]]] = {
     "peft": write_peft,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import yaml
 
-from mergekit_ace.adapters.opening import CONFIGURATION, WEIGHTS
 from mergekit_ace.adapters.request import Request
 from mergekit_ace.adapters.result import AdapterReport, MergedAdapter, Outcome, write_json
 from mergekit_ace.adapters.streaming import TensorFile
+from mergekit_ace.factors.opening import CONFIGURATION, WEIGHTS
 
 REPORT = "merge_report.json"
 RECIPE = "mergekit_config.yml"

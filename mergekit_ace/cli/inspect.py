@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from mergekit_ace.adapters.from_recipe import request_of
-from mergekit_ace.adapters.model import Place
 from mergekit_ace.adapters.request import Request
-from mergekit_ace.adapters.tensors import AdapterError
 from mergekit_ace.cli.help import Command
+from mergekit_ace.factors.model import Place
+from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.patterns import select_names
 from mergekit_ace.recipe.plan import Plan, PlannedTensor, planned

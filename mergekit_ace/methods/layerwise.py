@@ -18,7 +18,7 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
-from mergekit_ace.adapters.model import Factors
+from mergekit_ace.factors.model import Factors
 from mergekit_ace.linalg.blocks import blocks
 from mergekit_ace.linalg.precision import all_finite, squared_norm
 from mergekit_ace.matrix.averaging import mean_task_vector

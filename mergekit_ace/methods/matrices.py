@@ -9,8 +9,8 @@ from typing import Any
 from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
-from mergekit_ace.adapters.core_space import CoreSpace, core_space, task_vectors_of
-from mergekit_ace.adapters.model import Factors
+from mergekit_ace.factors.core_space import CoreSpace, core_space, task_vectors_of
+from mergekit_ace.factors.model import Factors
 from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.task_vectors import TaskVectors

@@ -9,9 +9,9 @@ import torch
 
 from mergekit_ace import __version__
 from mergekit_ace.adapters.merge import AdapterMerge
-from mergekit_ace.adapters.model import Place
 from mergekit_ace.adapters.request import Request
-from mergekit_ace.adapters.tensors import AdapterError
+from mergekit_ace.factors.model import Place
+from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.recipe.failures import READING, message_of
 from mergekit_ace.report.inspection import measure_matrix
 from mergekit_ace.report.measure import norms

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mergekit_ace.adapters.model import Adapter, Factors, Place
+from mergekit_ace.factors.model import Adapter, Factors, Place
 
 SMALL = {
     "vocab_size": 48,

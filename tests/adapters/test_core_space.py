@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_ace.adapters.core_space import core_space, task_vectors_of
-from mergekit_ace.adapters.model import Factors
+from mergekit_ace.factors.core_space import core_space, task_vectors_of
+from mergekit_ace.factors.model import Factors
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.mergekit_internals import resolve_parameters

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergekit_ace import merge_adapters
-from mergekit_ace.adapters.opening import adapter_from_tensors, open_adapter
-from mergekit_ace.adapters.tensors import AdapterError
+from mergekit_ace.factors.opening import adapter_from_tensors, open_adapter
+from mergekit_ace.factors.tensors import AdapterError
 from tests.adapters.makers import updates_of
 
 LINEAR = "lora_unet_down_blocks_0_attentions_0_to_q"

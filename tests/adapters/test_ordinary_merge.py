@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from mergekit_ace import merge_adapters
-from mergekit_ace.adapters.opening import open_adapter
+from mergekit_ace.factors.opening import open_adapter
 from tests.adapters.makers import updates_of
 from tests.checkpoints import Suite, add_adapter, make_suite, read_tensors
 from tests.commands import mergekit_yaml

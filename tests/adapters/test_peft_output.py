@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mergekit_ace import merge_adapters
-from mergekit_ace.adapters.opening import adapters_of_model, open_adapter
-from mergekit_ace.adapters.tensors import AdapterError
+from mergekit_ace.factors.opening import adapters_of_model, open_adapter
+from mergekit_ace.factors.tensors import AdapterError
 from tests.adapters.makers import adapted, classifier, gpt2, llama, merged_weights, mixture, saved, updates_of
 
 # Differences of float32 weights of size 1.

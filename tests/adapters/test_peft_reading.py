@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from mergekit_ace.adapters.opening import adapters_of_model, open_adapter
-from mergekit_ace.adapters.tensors import AdapterError
+from mergekit_ace.factors.opening import adapters_of_model, open_adapter
+from mergekit_ace.factors.tensors import AdapterError
 from tests.adapters.makers import adapted, classifier, gpt2, llama, merged_weights, mixture, saved, updates_of
 
 # The update is taken from the difference of weights of size 1, in float32.

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mergekit_ace.adapters import conversion
-from mergekit_ace.adapters.formats.peft import configured_scale
-from mergekit_ace.adapters.model import Adapter, Factors, Place, Update
-from mergekit_ace.adapters.tensors import AdapterError, Tensors
+from mergekit_ace.factors import conversion
+from mergekit_ace.factors.formats.peft import configured_scale
+from mergekit_ace.factors.model import Adapter, Factors, Place, Update
+from mergekit_ace.factors.tensors import AdapterError, Tensors
 
 _KEY = re.compile(
     r"^(?P<module>.+?)(?:\.lora|\.lora_linear_layer|_lora)?\."

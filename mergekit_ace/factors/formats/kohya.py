@@ -11,9 +11,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from mergekit_ace.adapters import conversion
-from mergekit_ace.adapters.model import Adapter, Factors, Place, Update
-from mergekit_ace.adapters.tensors import AdapterError, Tensors
+from mergekit_ace.factors import conversion
+from mergekit_ace.factors.model import Adapter, Factors, Place, Update
+from mergekit_ace.factors.tensors import AdapterError, Tensors
 
 _PART = re.compile(
     r"^(?P<module>[^.]+)\.(?P<part>lora_down|lora_up|lora_mid|alpha|dora_scale|"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_ace.adapters.model import Factors
+from mergekit_ace.factors.model import Factors
 from mergekit_ace.matrix.coordinates import Coordinates
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.task_vectors import TaskVectors

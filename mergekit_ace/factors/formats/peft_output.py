@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from mergekit_ace.adapters.conversion import to_stack
-from mergekit_ace.adapters.formats.peft import PREFIX, without_wrappers
-from mergekit_ace.adapters.model import Adapter, Factors, Place
-from mergekit_ace.adapters.tensors import AdapterError
+from mergekit_ace.factors.conversion import to_stack
+from mergekit_ace.factors.formats.peft import PREFIX, without_wrappers
+from mergekit_ace.factors.model import Adapter, Factors, Place
+from mergekit_ace.factors.tensors import AdapterError
 
 _SAME = ("task_type", "revision", "auto_mapping")
 _NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules")

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mergekit_ace.adapters.formats.diffusers import is_diffusers, read_diffusers
-from mergekit_ace.adapters.formats.kohya import is_kohya, read_kohya
-from mergekit_ace.adapters.formats.peft import PREFIX, read_peft
-from mergekit_ace.adapters.model import Adapter
-from mergekit_ace.adapters.tensors import AdapterError, Tensors, open_tensors
+from mergekit_ace.factors.formats.diffusers import is_diffusers, read_diffusers
+from mergekit_ace.factors.formats.kohya import is_kohya, read_kohya
+from mergekit_ace.factors.formats.peft import PREFIX, read_peft
+from mergekit_ace.factors.model import Adapter
+from mergekit_ace.factors.tensors import AdapterError, Tensors, open_tensors
 
 CONFIGURATION = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
-from mergekit_ace.adapters import conversion
-from mergekit_ace.adapters.model import Adapter, Factors, Place, TokenRows, Update, Vector
-from mergekit_ace.adapters.tensors import AdapterError, Tensors
+from mergekit_ace.factors import conversion
+from mergekit_ace.factors.model import Adapter, Factors, Place, TokenRows, Update, Vector
+from mergekit_ace.factors.tensors import AdapterError, Tensors
 
 PREFIX = "base_model.model."
 _PARTS = (

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mergekit_ace.recipe.failures import message_of
+from mergekit_ace.unreadable import message_of
 
 
 class AdapterError(ValueError):

@@ -1,0 +1,25 @@
+"""What reading a damaged checkpoint raises, and what a message says of it."""
+
+from __future__ import annotations
+
+from pickle import UnpicklingError
+
+from safetensors import SafetensorError
+
+# What reading one damaged, truncated or incomplete checkpoint may raise, by way of mergekit, safetensors and torch.
+READING = (ValueError, RuntimeError, KeyError, OSError, EOFError, SafetensorError, UnpicklingError)
+
+
+def message_of(error: BaseException) -> str:
+    """The error's own words; its type too where those alone say little (a bare key, a library's code)."""
+    if isinstance(error, UnpicklingError):  # torch's own words go on to say how to run the code
+        return (
+            "a pickle is damaged or holds more than tensors; nothing in it was run. Take that model as safetensors; "
+            "mergekit-ace check names it"
+        )
+    words = str(error).strip()
+    if isinstance(error, MemoryError) and not words:
+        return "out of memory"
+    if isinstance(error, KeyError | SafetensorError | EOFError) or not words:
+        return f"{type(error).__name__}: {words}".rstrip(": ")
+    return words

@@ -173,3 +173,21 @@ def test_a_memory_budget_changes_no_byte_and_says_where_it_is_exceeded(
     assert result.exit_code == 0, result.output
     assert "do not fit into a worker's memory (--memory): one is read at a time" in caplog.text
     assert files(tmp_path / "free" / "out") == files(tmp_path / "tight" / "out")
+
+
+def test_methods_that_draw_numbers_draw_the_same_ones_in_parts(folder: Path, tmp_path: Path, invoke: Invoke) -> None:
+    document = yaml.safe_load((folder / "full.yml").read_text())
+    document |= {"merge_method": "dare_ties", "parameters": {"density": 0.5, "weight": 0.5}}
+    recipe = tmp_path / "dare.yml"
+    recipe.write_text(yaml.safe_dump(document))
+    options = (*OPTIONS, "--random-seed", "7")
+    for part in ("1/2", "2/2"):
+        result = invoke("merge", recipe, tmp_path / f"part{part[0]}", *options, "--part", part)
+        assert result.exit_code == 0, result.output
+    assert invoke("join", tmp_path / "joined" / "out", tmp_path / "part1", tmp_path / "part2").exit_code == 0
+    assert invoke("merge", recipe, tmp_path / "whole" / "out", *options).exit_code == 0
+    assert files(tmp_path / "joined" / "out") == files(tmp_path / "whole" / "out")
+    assert invoke("merge", recipe, tmp_path / "other" / "out", *OPTIONS, "--random-seed", "8").exit_code == 0
+    weights = {name for name in files(tmp_path / "whole" / "out") if name.endswith(".safetensors")}
+    whole, other = files(tmp_path / "whole" / "out"), files(tmp_path / "other" / "out")
+    assert any(whole[name] != other[name] for name in weights)

@@ -2,6 +2,7 @@
 # make test-oldest    the tests, with the oldest versions of what we and mergekit build on (.venv-oldest)
 # make test-mergekit  mergekit's own tests, with the plugin and without it (network: fetches their source)
 # make test-browser   the inspection's page, in Chromium
+# make test-mutations  which changes of a line of the maths no test notices (hours; MUTANTS= for a part)
 # make docs     the pages of docs/, as site/; a dead link ends it
 # make clean    remove the environments
 
@@ -12,7 +13,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test test-oldest test-mergekit test-browser lint docs install clean
+.PHONY: test test-oldest test-mergekit test-browser test-mutations lint docs install clean
 .DEFAULT_GOAL := test
 
 test: lint
@@ -20,6 +21,13 @@ test: lint
 
 test-browser: install
 	$(BIN)/python -m pytest -m browser
+
+# Names of mutants or patterns of them, for a part: make test-mutations MUTANTS='mergekit_ace.linalg.cholesky*'
+MUTANTS ?=
+
+test-mutations: install
+	$(BIN)/python -m pip install --quiet 'mutmut>=3.8,<4'
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py run $(MUTANTS)
 
 test-oldest:
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/.demo-installed

@@ -4,8 +4,10 @@ Merges without a cause for a warning log none, by every method under its default
 """
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,12 @@ from mergekit.merge_methods.api import merge_state_dicts, merge_tensors
 from torch import Tensor
 
 import mergekit_ace
+from mergekit_ace.matrix.decision import Decision
 from mergekit_ace.matrix.expert import Expert
+from mergekit_ace.matrix.merge import MergeFacts
+from mergekit_ace.matrix.options import Gate
 from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.methods.advice import RULES, Evidence
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from tests.checkpoints import Suite, Update, make_suite
 from tests.commands import mergekit_yaml
@@ -153,6 +159,93 @@ def assert_sound(message: str, method: LayerwiseMethod) -> None:
     settings = re.findall(r"\b([a-z]+(?:_[a-z]+)+|lambda|epsilon|dtype|matrices)\b", remedy_of(message))
     assert settings
     assert set(settings) <= known
+
+
+def evidence(
+    *, energies: Sequence[float] = (4.0, 1.0), facts: Mapping[str, Any] | None = None, **changes: Any
+) -> Evidence:
+    """Of a sound merge of two experts, but for the changes."""
+    decision = Decision(
+        heterogeneity=1.0,
+        heterogeneous=None,
+        trace_normalized=False,
+        refined_directions=0,
+        refined_residual=False,
+        low_rank=None,
+        effective_experts=None,
+        longest=math.inf,
+    )
+    given: dict[str, Any] = {
+        "name": NAME,
+        "method": "ace",
+        "settings": {"epsilon": 1.0, "lambda": 1.0, "length_bound": "auto"},
+        "facts": MergeFacts(**{"decision": decision, "correlation": 0.01, "ridge_is_fixed": True, **(facts or {})}),
+        "gate": None,
+        "experts": ["a", "b"],
+        "energies": energies,
+        "heterogeneity": 1.0,
+        "dtype": "float32",
+        "relative_change": 0.1,
+        "relative_to_mean": 1.0,
+    }
+    return Evidence(**{**given, **changes})
+
+
+def gated(heterogeneity: float, found: bool) -> Decision:
+    sound = evidence().facts.decision
+    assert sound is not None
+    return replace(sound, heterogeneity=heterogeneity, heterogeneous=found, trace_normalized=True)
+
+
+GATE = Gate(statistic="published", threshold=0.3)
+
+
+@pytest.mark.parametrize(
+    ("cause", "found", "not_found"),
+    [
+        ("change", [evidence(relative_change=0.201)], [evidence(relative_change=0.2), evidence(relative_change=None)]),
+        (
+            "ridge",
+            [evidence(facts={"ridge": 10.1}), evidence(facts={"ridge": math.inf})],
+            [evidence(facts={"ridge": 10.0}), evidence(facts={"ridge": 1e9, "ridge_is_fixed": False})],
+        ),
+        ("average", [evidence(facts={"averaged": 0.51})], [evidence(facts={"averaged": 0.5})]),
+        # three times the norm of the larger update, 2
+        ("refinement", [evidence(facts={"refinement_norm": 6.1})], [evidence(facts={"refinement_norm": 6.0})]),
+        (
+            "condition",
+            [evidence(facts={"condition": 8.4e5}), evidence(facts={"condition": 4.6e14}, dtype="float64")],
+            [evidence(facts={"condition": 8.3e5}), evidence(facts={"condition": 8.4e5}, dtype="float64")],
+        ),
+        (
+            "dominant",
+            [evidence(energies=(4.1, 1.0))],
+            [evidence(energies=(4.0, 1.0)), evidence(energies=(9.0, 1.0), facts={"decision": gated(1.0, True)})],
+        ),
+        (
+            "gate",
+            [evidence(gate=GATE, heterogeneity=0.3, facts={"decision": gated(0.31, True)})],
+            [
+                evidence(gate=GATE, heterogeneity=0.31, facts={"decision": gated(0.31, True)}),
+                evidence(gate=GATE, heterogeneity=0.1, facts={"decision": gated(0.3, False)}),
+                evidence(
+                    gate=replace(GATE, statistic="scale_free"), heterogeneity=0.3, facts={"decision": gated(0.31, True)}
+                ),
+            ],
+        ),
+        ("short", [evidence(relative_to_mean=0.49)], [evidence(relative_to_mean=0.5), evidence(relative_to_mean=None)]),
+    ],
+)
+def test_a_rule_applies_beyond_its_threshold_and_not_at_it(
+    cause: str, found: list[Evidence], not_found: list[Evidence]
+) -> None:
+    (rule,) = (rule for rule in RULES if rule.cause == cause)
+    for case in found:
+        assert rule.extent(case) is not None
+        sentence = f"{rule.what(case)}. {rule.remedy(case)}"
+        assert not re.search(r"\b(?:inf|nan|None)\b", sentence)
+    assert [rule.extent(case) for case in not_found] == [None] * len(not_found)
+    assert [rule.cause for rule in RULES if rule.extent(evidence()) is not None] == []
 
 
 def test_a_dominant_expert_is_no_matter_of_one_matrix(caplog: pytest.LogCaptureFixture) -> None:

@@ -88,7 +88,7 @@ def demonstrate(limit: int | None, console: Console) -> dict[str, Any]:
         cost[model] = step(f"merge {model}", merge_command(Path("examples", "yaml", recipe), OUT / model, cache))
         shutil.rmtree(ROOT / cache)
     recipe = Path("examples", "yaml", RECIPES["ace"])
-    cost["ace-adapter"] = step("merge ace to one adapter", adapter_command(recipe, OUT / "ace-adapter"))
+    adapter_cost = step("merge ace to one adapter", adapter_command(recipe, OUT / "ace-adapter"))
     compared = [str(OUT / name) for name in ("base", "ace-adapter", "ace")]
     step("compare both", [*python, "demo.agreement", *compared, "--to", str(OUT / "agreement.json")])
     scored = [*python, "demo.scoring", str(OUT / "base"), *(str(OUT / model) for model in RECIPES)]
@@ -99,7 +99,7 @@ def demonstrate(limit: int | None, console: Console) -> dict[str, Any]:
         "accuracy": accuracy,
         "relative_mean": relative_means(accuracy),
         "cost": cost,
-        "agreement": json.loads((out / "agreement.json").read_text(encoding="utf-8")),
+        "agreement": json.loads((out / "agreement.json").read_text(encoding="utf-8")) | {"cost": adapter_cost},
         "texts_per_task_limit": limit,
         "total_seconds": time.perf_counter() - started,
         "environment": where,

@@ -34,7 +34,7 @@ NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders that the pages name."""
     folder = tmp_path_factory.mktemp("models")
-    suite = make_suite("qwen2", folder, experts=2)
+    suite = make_suite("llama", folder, experts=2)
     for name, found in {"maths": suite.experts[0], "code": suite.experts[1]}.items():
         found.path.rename(folder / name)
     for name in ("base", "maths", "code"):
@@ -43,6 +43,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         add_adapter(folder / "base", folder / name, rank=4, targets=["q_proj", "up_proj"], seed=seed)
     (folder / "Qwen").mkdir()
     shutil.copytree(folder / "base", folder / "Qwen" / "Qwen2.5-7B-Instruct")
+    words = " ".join(f"word{index}" for index in range(40))
+    (folder / "maths.jsonl").write_text("".join(f'{{"text": "{words} word{index}"}}\n' for index in range(40, 60)))
+    (folder / "code.txt").write_text("".join(f"{words} word{index}\n" for index in range(60, 80)))
     (folder / "recipe.yml").write_text(first_recipe(ROOT / "docs" / "index.md"))
     return folder
 

@@ -48,11 +48,10 @@ def mirror_upper_(target: Tensor) -> Tensor:
     return target
 
 
-def gram(rows: Tensor, out: Tensor | None = None) -> Tensor:
-    """`rows^T rows`, `[n, n]`, exactly symmetric, for `rows` `[m, n]`; into `out` when given."""
+def gram(rows: Tensor) -> Tensor:
+    """`rows^T rows`, `[n, n]`, exactly symmetric, for `rows` `[m, n]`."""
     n = rows.shape[1]
-    target = rows.new_empty((n, n)) if out is None else out
-    return mirror_upper_(add_gram_upper_(target, rows, keep=0.0))
+    return mirror_upper_(add_gram_upper_(rows.new_empty((n, n)), rows, keep=0.0))
 
 
 def add_to_diagonal_(target: Tensor, value: float) -> Tensor:

@@ -20,7 +20,7 @@ class SampledMoment:
         factor: `F`, `[r, n]`, `r = min(tokens, n)`, upper triangular, float32.
         tokens: how many inputs it is the mean of.
         prompts: that they come from.
-        error: share of the off-diagonal energy `sum_{i != j} c_ij^2` that is sampling error, in `[0, 1]`.
+        error: share of the off-diagonal energy `sum_{i != j} c_ij^2` that is sampling error, in `(0, 1]`.
     """
 
     factor: Tensor
@@ -40,9 +40,13 @@ def second_moment(samples: Sequence[Tensor]) -> SampledMoment:
 
         error = P / (P - 1) sum_p w_p^2 ||offdiag(C_p - C)||_F^2 / ||offdiag(C)||_F^2
 
-    With a single prompt, each half of its tokens counts as one. This is the shrinkage of the off-diagonal entries that
-    minimizes the expected squared error: Schafer and Strimmer, "A shrinkage approach to large-scale covariance matrix
-    estimation", Statistical Applications in Genetics and Molecular Biology 4(1), 2005, target D.
+    With a single prompt, each half of its tokens counts as one. At the least the error is `1 / (tokens + 1)`, as if
+    what is shrunk towards were one token more: equal prompts would seem to be without error, and leave a singular
+    system.
+
+    This is the shrinkage of the off-diagonal entries that minimizes the expected squared error: Schafer and Strimmer,
+    "A shrinkage approach to large-scale covariance matrix estimation", Statistical Applications in Genetics and
+    Molecular Biology 4(1), 2005, target D.
 
     Args:
         samples: inputs `[tokens, n]` of each prompt, at least two tokens in all.
@@ -65,5 +69,5 @@ def second_moment(samples: Sequence[Tensor]) -> SampledMoment:
         product = squared_norm(inner[start:stop]) / (count * tokens) - float(own @ whole_diagonal)
         variance += (count / tokens) ** 2 * (square - 2 * product + whole)
     variance *= len(clusters) / (len(clusters) - 1)
-    error = min(1.0, max(0.0, variance / whole)) if whole > 0 else 1.0
+    error = min(1.0, max(1 / (tokens + 1), variance / whole)) if whole > 0 else 1.0
     return SampledMoment(factor=factor, tokens=tokens, prompts=len(samples), error=error)

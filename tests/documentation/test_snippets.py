@@ -1,5 +1,6 @@
 """Every command and snippet of README and docs, run on small models under the names that the pages use."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_tokenizer(folder / name, VOCABULARY)
     for seed, name in enumerate(("law", "adapters/sql", "adapters/legal", "adapters/medical")):
         add_adapter(folder / "base", folder / name, rank=4, targets=["q_proj", "up_proj"], seed=seed)
+    # Of the tokenizer's words, Qwen2's own class knows the special ones alone.
+    lines = ["<s></s><unk>" * 3] * 8
+    (folder / "code.txt").write_text("\n".join(lines))
+    (folder / "maths.jsonl").write_text("\n".join(json.dumps({"prompt": line, "completion": line}) for line in lines))
     (folder / "Qwen").mkdir()
     shutil.copytree(folder / "base", folder / "Qwen" / "Qwen2.5-7B-Instruct")
     words = " ".join(f"word{index}" for index in range(40))

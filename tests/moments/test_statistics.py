@@ -65,3 +65,9 @@ def test_a_single_prompt_counts_as_two_halves() -> None:
 
 def test_inputs_without_correlation_have_no_off_diagonal_to_trust() -> None:
     assert second_moment([torch.eye(4)[:2], torch.eye(4)[2:]]).error == 1
+
+
+def test_equal_prompts_are_not_without_error() -> None:
+    """They are one sample of the task, however often it is repeated."""
+    (rows,) = drawn(1, 4, 8, seed=5)
+    assert second_moment([rows] * 5).error == 1 / 21

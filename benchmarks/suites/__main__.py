@@ -21,6 +21,10 @@ def kind_of(name: str) -> Kind:
         from .encoder import Encoder
 
         return Encoder()
+    if name == "chat":
+        from .chat import Chat
+
+        return Chat()
     from .decoder import Decoder
 
     return Decoder()

@@ -21,6 +21,10 @@ def encoder(task: str, **changes: object) -> Expert:
     return Expert(**{"task": task, "steps": 300, "learning_rate": 5e-5, **changes})
 
 
+def chat_lora(task: str, **changes: object) -> Expert:
+    return Expert(**{"task": task, "steps": 40, "learning_rate": 1e-3, **changes})
+
+
 DIGITS = Suite(
     name="digits",
     kind="digits",
@@ -116,6 +120,25 @@ ENCODER_LORA = Suite(
         encoder("arguments", lora_rank=8, learning_rate=5e-4, steps=200),
     ),
 )
+LLM_TASKS = ("french", "spanish", "documented", "records", "steps", "library")
+LLM = Suite(
+    name="llm",
+    kind="chat",
+    experts=tuple(Expert(task=task, steps=40, learning_rate=3e-5, seed=seed) for seed, task in enumerate(LLM_TASKS)),
+    dtype="bfloat16",
+)
+LLM_LORA = Suite(
+    name="llm-lora",
+    kind="chat",
+    experts=(
+        chat_lora("french", lora_rank=16, seed=7),
+        chat_lora("spanish", lora_rank=16, seed=7),
+        chat_lora("documented", lora_rank=32, seed=3),
+        chat_lora("records", lora_rank=8, seed=4),
+        chat_lora("steps", lora_rank=64, seed=5, rank_stabilized=True),
+        chat_lora("library", lora_rank=16, seed=6),
+    ),
+)
 
 SUITES = {
     suite.name: suite
@@ -135,5 +158,7 @@ SUITES = {
         DECODER_LORA,
         ENCODER,
         ENCODER_LORA,
+        LLM,
+        LLM_LORA,
     )
 }

@@ -10,7 +10,9 @@ HEADS = "heads"
 class Expert:
     """One fine-tune of the base.
 
-    `lora_rank` 0 trains all weights; above 0 a LoRA of that rank on every linear layer, merged into a full checkpoint.
+    `lora_rank` 0 trains all weights; above 0 a LoRA of that rank on every linear layer, merged into a full checkpoint,
+    with twice the rank as its alpha. `rank_stabilized` divides by the root of the rank in place of the rank (rsLoRA),
+    and alpha is 16. LoRAs of one rank and seed start from the same A.
     `frozen` names parts of parameter names that stay as in the base.
     """
 
@@ -18,15 +20,17 @@ class Expert:
     steps: int
     learning_rate: float
     lora_rank: int = 0
+    rank_stabilized: bool = False
     frozen: tuple[str, ...] = ()
     seed: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """A named set of experts of one kind: `digits`, `decoder`, `encoder`. A base of ours is pre-trained from `seed`.
+    """A named set of experts of one kind: `digits`, `decoder`, `encoder`, `chat`.
 
-    `update_scale` multiplies what every expert learned: base + scale * (expert - base).
+    A base of ours is pre-trained from `seed`. `update_scale` multiplies what every expert learned:
+    base + scale * (expert - base).
     """
 
     name: str

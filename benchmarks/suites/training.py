@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from .recipe import Expert
 
@@ -50,7 +50,14 @@ def trainable_copy(base: PreTrainedModel, expert: Expert) -> PreTrainedModel | P
     """A copy of the base in which only what the expert's recipe trains requires a gradient."""
     model = copy.deepcopy(base)
     if expert.lora_rank:
-        adapter = LoraConfig(r=expert.lora_rank, lora_alpha=2 * expert.lora_rank, target_modules="all-linear")
+        adapter = LoraConfig(
+            r=expert.lora_rank,
+            lora_alpha=16 if expert.rank_stabilized else 2 * expert.lora_rank,
+            use_rslora=expert.rank_stabilized,
+            target_modules="all-linear",
+            # a head that is the embedding table stays as it is; peft finds it by this
+            task_type="CAUSAL_LM" if isinstance(base, GenerationMixin) and base.config.tie_word_embeddings else None,
+        )
         model = get_peft_model(model, adapter)
     for name, parameter in model.named_parameters():
         if any(part in name for part in expert.frozen):

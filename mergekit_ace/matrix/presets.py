@@ -31,6 +31,7 @@ ACE = CovarianceOptions(
     refinement=SpectralRefinement(fraction=0.3),
     bounds=Bounds(retention=True, length="end_to_end"),
     correlation_threshold=0.05,
+    uncorrelated="balanced",
     combine_copies=True,
 )
 """What `merge_method: ace` does by default: no constant of any model family, and no dependence on the updates' unit.
@@ -38,6 +39,8 @@ ACE = CovarianceOptions(
 Identical experts give that expert, an expert and its copy count as one of twice the weight, the mean response under the
 experts' second moments is at most their own, and the merge is no longer than twice the sum of all updates' norms.
 """
+ACE_0_1 = replace(ACE, uncorrelated="plain")
+"""The default of 0.1: adapters whose second moments do not correlate are averaged."""
 
 ACTMAT = CovarianceOptions(second_moment=SecondMoment(trace_normalized=False))
 """arXiv:2604.01329. The ridge is ours: with a fixed small one it loses whole tasks on real experts."""

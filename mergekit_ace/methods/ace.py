@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from mergekit_ace.matrix.merge import MatrixMerge, merge_by_covariance
 from mergekit_ace.matrix.options import Bounds, CovarianceOptions, Gate, LengthBound, SpectralRefinement
-from mergekit_ace.matrix.presets import ACE, ACE_PUBLISHED
+from mergekit_ace.matrix.presets import ACE, ACE_0_1, ACE_PUBLISHED
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.methods.parameters import MOMENTS, Fraction, Positive, Threshold, parameter
 
 Preset = Literal["preset"]
 
-PRESETS: Mapping[str, CovarianceOptions] = {"default": ACE, "published": ACE_PUBLISHED}
+PRESETS: Mapping[str, CovarianceOptions] = {"default": ACE, "0.1": ACE_0_1, "published": ACE_PUBLISHED}
 _LENGTH_BOUNDS: Mapping[object, LengthBound] = {False: "none", True: "orthogonal", "auto": "end_to_end"}
 
 
@@ -36,9 +36,9 @@ class Ace(LayerwiseMethod):
         MOMENTS,
         parameter(
             "preset",
-            Literal["default", "published"],
+            Literal["default", "0.1", "published"],
             default="default",
-            requirement="'default' or 'published'",
+            requirement="'default', '0.1' (in quotes) or 'published'",
             description="where the parameters below get their values from when the recipe does not give them",
         ),
         parameter(
@@ -81,7 +81,7 @@ class Ace(LayerwiseMethod):
             Fraction | Preset,
             default="preset",
             requirement="a number from 0 to 1",
-            description="average a layer of adapters whose second moments correlate by less; 0: none",
+            description="a layer of adapters whose second moments correlate by less becomes the updates' mean; 0: none",
         ),
         parameter(
             "retention_bound",

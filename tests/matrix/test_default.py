@@ -6,14 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mergekit_ace.matrix.balanced_mean import balanced_mean
 from mergekit_ace.matrix.bounds import effective_experts
 from mergekit_ace.matrix.decision import low_rank_share
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.options import Bounds, CovarianceOptions, SecondMoment
-from mergekit_ace.matrix.presets import ACE, ACE_PUBLISHED
+from mergekit_ace.matrix.presets import ACE, ACE_0_1, ACE_PUBLISHED
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from tests.matrix.experts import adapter_updates, layer, related_updates, steep_updates
+from tests.reference.ace_default import balanced_mean as literal_balanced_mean
 
 ORTHOGONAL = Bounds(retention=True, length="orthogonal")
 SHAPES = [(30, 50), (50, 30), (40, 40), (20, 200), (5, 1)]
@@ -140,14 +142,56 @@ def test_updates_without_a_centered_second_moment_are_not_lost(options: Covarian
     assert torch.linalg.norm(merged) > 0.5 * torch.linalg.norm(task_vectors.sum() / 2)
 
 
-@pytest.mark.parametrize("updates", [adapter_updates(280, 300, 4, rank=8), adapter_updates(60, 80, 3, rank=4)])
-def test_row_spaces_by_chance_are_averaged(updates: list[torch.Tensor]) -> None:
-    task_vectors = layer(updates)
-    merged = merge_by_covariance(task_vectors, ACE)
+ADAPTERS = [adapter_updates(280, 300, 4, rank=8), adapter_updates(60, 80, 3, rank=4)]
+
+
+@pytest.mark.parametrize("updates", ADAPTERS)
+def test_row_spaces_by_chance_become_a_balanced_mean(updates: list[torch.Tensor]) -> None:
+    updates = [3.0**t * update for t, update in enumerate(updates)]
+    merged = merge_by_covariance(layer(updates), ACE)
     assert merged.averaged == 1
     assert merged.correlation is not None
     assert merged.correlation < 0.05
+    expected = literal_balanced_mean(updates, [1.0] * len(updates))
+    torch.testing.assert_close(merged.task_vector, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("updates", ADAPTERS)
+def test_row_spaces_by_chance_were_averaged_by_0_1(updates: list[torch.Tensor]) -> None:
+    merged = merge_by_covariance(layer(updates), ACE_0_1)
+    assert merged.averaged == 1
     torch.testing.assert_close(merged.task_vector, sum(updates) / len(updates), rtol=0, atol=1e-9)
+
+
+def test_a_balanced_mean_is_as_long_as_one_update_and_favours_none() -> None:
+    eye = torch.eye(6, dtype=torch.float64)
+    directions = [torch.outer(eye[t], eye[t]) for t in range(4)]
+    equal = balanced_mean(weighted(directions, [1.0] * 4))
+    torch.testing.assert_close(equal, sum(directions) / 2)
+    uneven = balanced_mean(weighted([directions[0], 4 * directions[1]], [1.0, 1.0]))
+    # weights of 2 to 1: two thirds of the short update, a third of four for the long one, before the length
+    assert float(uneven[1, 1] / uneven[0, 0]) == pytest.approx(2.0)
+    assert float(uneven.square().sum()) == pytest.approx((2 * 1 + 16) / 3)
+    twice = balanced_mean(weighted([directions[0], directions[1]], [2.0, 1.0]))
+    assert float(twice[0, 0] / twice[1, 1]) == pytest.approx(2.0)
+
+
+def test_a_balanced_mean_of_one_update_said_twice_is_that_update() -> None:
+    update = steep_updates(30, 20, 1)[0]
+    torch.testing.assert_close(balanced_mean(weighted([update, update], [1.0, 3.0])), update, rtol=1e-12, atol=0)
+
+
+def test_a_balanced_mean_of_opposite_updates_cancels() -> None:
+    update = steep_updates(30, 20, 1)[0]
+    assert float(balanced_mean(weighted([update, -update], [1.0, 1.0])).norm()) < 1e-9 * float(update.norm())
+
+
+def test_a_balanced_mean_follows_the_unit_and_not_the_order() -> None:
+    updates = adapter_updates(40, 30, 3, rank=2)
+    updates[1] *= 5
+    merged = balanced_mean(weighted(updates, [1.0, 2.0, 0.5]))
+    other = balanced_mean(weighted([100 * update for update in reversed(updates)], [0.5, 2.0, 1.0]))
+    torch.testing.assert_close(other / 100, merged, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(60, 40), (20, 200)], ids=str)

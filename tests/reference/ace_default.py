@@ -3,7 +3,7 @@
 Against the published steps (`tests/reference/ace.py`): second moments are not centered and always divided by their
 trace, the ridge is oracle-approximating shrinkage, there is no prior, the preliminary merge itself is refined and by as
 much as the experts disagree, and the result is bounded in what it retains and in length. Updates of low rank are held
-nearer to the base, and averaged where their second moments do not correlate.
+nearer to the base, and become a balanced mean where their second moments do not correlate.
 """
 
 import math
@@ -60,6 +60,15 @@ def captured(d: Tensor) -> float:
     return float(energies[:few].sum() / energies.sum())
 
 
+def balanced_mean(D: list[Tensor], a: list[float]) -> Tensor:
+    """Weights by the inverse root of the norms; as long as one update, and no more than `T` times the weighted mean."""
+    weights = torch.tensor([a_t / float(d.norm()) ** 0.5 for a_t, d in zip(a, D, strict=True)], dtype=torch.float64)
+    weights = weights / weights.sum()
+    mean = sum(w * d for w, d in zip(weights.tolist(), D, strict=True))
+    length = math.sqrt(sum(w * float(d.norm()) ** 2 for w, d in zip(weights.tolist(), D, strict=True)))
+    return mean * max(1.0, min(len(D), length / max(float(mean.norm()), 1e-300)))
+
+
 def ace_default(
     task_vectors: Sequence[Tensor],
     weights: Sequence[float] | None = None,
@@ -87,9 +96,9 @@ def ace_default(
         rho = max(shrinkage(G, samples=m), LEAST_SHRINKAGE if low_rank else 0.0)
         S.append(((1 - rho) * G + rho * G.trace() / n * identity) / G.trace())
 
-    # Second moments of adapters that do not correlate are no second moments of the inputs: the mean.
+    # Second moments of adapters that do not correlate are no second moments of the inputs: a mean.
     if low_rank and correlation(S, a) < CORRELATION:
-        return sum(a_t * d for a_t, d in zip(a, D, strict=True)) / T
+        return balanced_mean(D, a)
 
     # 2. The weight of least interference.
     numerator = sum(a_t * (d @ s) for a_t, d, s in zip(a, D, S, strict=True))

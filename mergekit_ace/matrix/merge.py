@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from torch import Tensor
 
 from mergekit_ace.linalg.precision import inner_products
-from mergekit_ace.matrix.balanced_mean import balanced_mean
+from mergekit_ace.matrix.balanced import merge_balanced
 from mergekit_ace.matrix.bounds import scale_factor
 from mergekit_ace.matrix.decision import Decision, decide
 from mergekit_ace.matrix.dense import assemble_dense
@@ -45,8 +45,8 @@ class MergeFacts:
     measured: int = 0
     """How many experts' second moments were measured."""
     averaged: float = 0.0
-    """Share of the experts' mean in the result, from 0 to 1: 1 where updates of low rank correlate too little to weigh
-    the experts by."""
+    """Share of the result that no second moment decided, from 0 to 1: 1 where updates of low rank correlate too little
+    to weigh the experts by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class MatrixMerge(MergeFacts):
         if self.decision is None:
             return ""
         if self.averaged == 1:
-            return f"second moments correlate by {self.correlation:.2g} only, mean"
+            return f"second moments correlate by {self.correlation:.2g} only, not used"
         facts = [f"{self.measured} second moments measured"] if self.measured else []
         if self.decision.heterogeneous is not None:
             gate = "heterogeneous" if self.decision.heterogeneous else "homogeneous"
@@ -95,7 +95,7 @@ class MatrixMerge(MergeFacts):
         if self.decision.low_rank:
             facts.append("low rank" if self.decision.low_rank == 1 else f"low rank {self.decision.low_rank:.0%}")
         if self.averaged:
-            facts.append(f"{self.averaged:.0%} of the mean")
+            facts.append(f"{self.averaged:.0%} without second moments")
         if self.scale_factor < 1:
             facts.append(f"scaled by {self.scale_factor:.2f}")
         return ", ".join(facts)
@@ -142,7 +142,7 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
     averaged = _averaged(equations.correlation, options.correlation_threshold) * (decision.low_rank or 0.0)
     if averaged == 1:
         return MatrixMerge(
-            task_vector=_mean(task_vectors, options),
+            task_vector=_without_moments(task_vectors, options),
             decision=decision,
             correlation=equations.correlation,
             averaged=1.0,
@@ -167,7 +167,7 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         merged.mul_(factor)
         refinement = refinement and refinement.times_(factor)
     if averaged:
-        merged.lerp_(_mean(task_vectors, options), averaged)
+        merged.lerp_(_without_moments(task_vectors, options), averaged)
         refinement = refinement and refinement.times_(1 - averaged)
     return MatrixMerge(
         task_vector=merged,
@@ -203,11 +203,11 @@ def assemble(task_vectors: TaskVectors, options: CovarianceOptions, decision: De
 
 
 def _averaged(correlation: float | None, threshold: float) -> float:
-    """Share of the mean for updates of low rank: 1 below the threshold, falling to 0 at twice the threshold."""
+    """Share that updates of low rank are merged without second moments: 1 below the threshold, 0 from twice that."""
     if correlation is None:
         return 0.0
     return min(1.0, max(0.0, 2 - correlation / threshold))
 
 
-def _mean(task_vectors: TaskVectors, options: CovarianceOptions) -> Tensor:
-    return balanced_mean(task_vectors) if options.uncorrelated == "balanced" else task_vectors.mean()
+def _without_moments(task_vectors: TaskVectors, options: CovarianceOptions) -> Tensor:
+    return merge_balanced(task_vectors) if options.uncorrelated == "balanced" else task_vectors.mean()

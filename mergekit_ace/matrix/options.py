@@ -99,9 +99,9 @@ class CovarianceOptions:
         structural_prior: add the collective structural prior (paper, Eqs. 11-13).
         refinement: None: the preliminary merge is the merge.
         bounds: on the result.
-        correlation_threshold: in `[0, 1]`; updates of low rank whose second moments correlate by less become a mean,
-            because updates of adapters with random input matrices do not determine their inputs. 0: never.
-        uncorrelated: which mean: the `balanced` one (`balanced_mean`) or the `plain` one.
+        correlation_threshold: in `[0, 1]`; updates of low rank whose second moments correlate by less are merged
+            without them, because adapters with random input matrices do not determine their inputs. 0: never.
+        uncorrelated: how those are merged: by `merge_balanced`, or as their plain `average`.
         combine_copies: count an expert and its exact copies as one of their summed weight.
 
     Raises:
@@ -114,7 +114,7 @@ class CovarianceOptions:
     refinement: SpectralRefinement | None = None
     bounds: Bounds = field(default_factory=Bounds)
     correlation_threshold: float = 0.0
-    uncorrelated: Literal["balanced", "plain"] = "plain"
+    uncorrelated: Literal["balanced", "average"] = "average"
     combine_copies: bool = False
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ ACE = CovarianceOptions(
 Identical experts give that expert, an expert and its copy count as one of twice the weight, the mean response under the
 experts' second moments is at most their own, and the merge is no longer than twice the sum of all updates' norms.
 """
-ACE_0_1 = replace(ACE, uncorrelated="plain")
+ACE_0_1 = replace(ACE, uncorrelated="average")
 """The default of 0.1: adapters whose second moments do not correlate are averaged."""
 
 ACTMAT = CovarianceOptions(second_moment=SecondMoment(trace_normalized=False))

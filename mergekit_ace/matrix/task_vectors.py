@@ -184,6 +184,12 @@ class TaskVectors:
         distinct.shares = tuple(share * len(kept) / len(self) for share in shares)
         return distinct, tuple(became)
 
+    def with_shares(self, shares: Sequence[float]) -> TaskVectors:
+        """The same task vectors with other shares, of mean 1; `energy_of_mean` stays that of the old ones."""
+        other = copy(self)
+        other.shares = tuple(shares)
+        return other
+
     def _are_copies(self, s: int, t: int) -> bool:
         # The energies, measured the same way, differ unless the tensors are equal: almost no pair is compared in full.
         equal = self.statistics[s] == self.statistics[t] and self.experts[s].measured is self.experts[t].measured

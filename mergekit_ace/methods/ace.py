@@ -81,7 +81,7 @@ class Ace(LayerwiseMethod):
             Fraction | Preset,
             default="preset",
             requirement="a number from 0 to 1",
-            description="a layer of adapters whose second moments correlate by less becomes the updates' mean; 0: none",
+            description="merge a layer of adapters whose second moments correlate by less without them; 0: none",
         ),
         parameter(
             "retention_bound",

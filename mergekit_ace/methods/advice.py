@@ -27,7 +27,7 @@ DOMINANT = 0.8
 SHORT = 0.5
 """Norm of the merged update over that of the experts' plain average."""
 MOSTLY = 0.5
-"""Share of the experts' mean in a result."""
+"""Share of a result that no second moment decided."""
 
 _UNITS = {"float32": 2**-23, "float64": 2**-52}
 
@@ -144,7 +144,7 @@ def _average_what(e: Evidence) -> str:
     share = "" if e.facts.averaged == 1 else f"{e.facts.averaged:.0%} "
     return (
         f"the updates are of low rank and their second moments correlate by {e.facts.correlation:.2g} only, as those "
-        f"of adapters with independent random A matrices do: the result is {share}their mean"
+        f"of adapters with independent random A matrices do: the result is {share}merged without them"
     )
 
 

@@ -11,7 +11,7 @@ MEANING: Mapping[str, str] = {
     "merged": "merged by the method",
     "heterogeneous": "above the gate's threshold: trace-normalized and refined",
     "homogeneous": "below the gate's threshold: neither trace-normalized nor refined",
-    "uncorrelated": "second moments do not correlate: the updates' mean",
+    "uncorrelated": "second moments do not correlate: merged without them",
     "single expert": "one expert changed it: that expert's update",
     "unchanged": "no expert changed it: the base, bit for bit",
     "average": "base plus the mean update",

@@ -77,7 +77,7 @@ def test_defaults_merge_full_fine_tunes_in_silence(
 def test_defaults_warn_of_adapters_only_where_they_are_averaged(method: str, caplog: pytest.LogCaptureFixture) -> None:
     found = logged(caplog, method, ADAPTERS)
     assert len(found) == (method == "ace")
-    assert all("the result is their mean" in message for message in found)
+    assert all("the result is merged without them" in message for message in found)
 
 
 PUBLISHED = {"preset": "published"}
@@ -98,7 +98,7 @@ CASES: tuple[tuple[str, list[Tensor], float | None, dict[str, Any], str, dict[st
     ("ace", FULL, 0.01, {"epsilon": 100.0}, r"the ridge \(epsilon: 100\) is .* times the mean", {"epsilon": "auto"}),
     ("wudi", FULL, 0.01, {"epsilon": 100.0}, r"the ridge \(epsilon: 100\) is", {"epsilon": "auto"}),
     ("ace", FULL, 0.01, {**PUBLISHED, "epsilon": 1e6}, r"the ridge \(epsilon: 1e\+06\) is", {"epsilon": "auto"}),
-    ("ace", ADAPTERS, 0.01, {}, r"correlate by 0\.\d+ only.*their mean", {"correlation_threshold": 0.0}),
+    ("ace", ADAPTERS, 0.01, {}, r"correlate by 0\.\d+ only.*merged without them", {"correlation_threshold": 0.0}),
     ("ace", UNEVEN, 0.01, PUBLISHED, "spectral refinement adds", {"spectral_fraction": 0.0}),
     ("actmat", WIDE, 0.01, {"epsilon": 1e-8}, "has condition number", {"epsilon": "auto"}),
     ("ace", OF_UNIT_NORM, None, PUBLISHED, "published is .*, above the threshold 0.3", {"heterogeneity": "scale_free"}),

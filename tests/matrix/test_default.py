@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mergekit_ace.matrix.balanced_mean import balanced_mean
+from mergekit_ace.matrix.balanced import merge_balanced
 from mergekit_ace.matrix.bounds import effective_experts
 from mergekit_ace.matrix.decision import low_rank_share
 from mergekit_ace.matrix.expert import Expert
@@ -15,7 +15,7 @@ from mergekit_ace.matrix.options import Bounds, CovarianceOptions, SecondMoment
 from mergekit_ace.matrix.presets import ACE, ACE_0_1, ACE_PUBLISHED
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from tests.matrix.experts import adapter_updates, layer, related_updates, steep_updates
-from tests.reference.ace_default import balanced_mean as literal_balanced_mean
+from tests.reference.ace_default import balanced
 
 ORTHOGONAL = Bounds(retention=True, length="orthogonal")
 SHAPES = [(30, 50), (50, 30), (40, 40), (20, 200), (5, 1)]
@@ -146,13 +146,13 @@ ADAPTERS = [adapter_updates(280, 300, 4, rank=8), adapter_updates(60, 80, 3, ran
 
 
 @pytest.mark.parametrize("updates", ADAPTERS)
-def test_row_spaces_by_chance_become_a_balanced_mean(updates: list[torch.Tensor]) -> None:
+def test_row_spaces_by_chance_are_merged_without_them(updates: list[torch.Tensor]) -> None:
     updates = [3.0**t * update for t, update in enumerate(updates)]
     merged = merge_by_covariance(layer(updates), ACE)
     assert merged.averaged == 1
     assert merged.correlation is not None
     assert merged.correlation < 0.05
-    expected = literal_balanced_mean(updates, [1.0] * len(updates))
+    expected = balanced(updates, [1.0] * len(updates))
     torch.testing.assert_close(merged.task_vector, expected, rtol=0, atol=1e-9)
 
 
@@ -163,34 +163,34 @@ def test_row_spaces_by_chance_were_averaged_by_0_1(updates: list[torch.Tensor]) 
     torch.testing.assert_close(merged.task_vector, sum(updates) / len(updates), rtol=0, atol=1e-9)
 
 
-def test_a_balanced_mean_is_as_long_as_one_update_and_favours_none() -> None:
+def test_a_balanced_merge_is_as_long_as_one_update_and_favours_none() -> None:
     eye = torch.eye(6, dtype=torch.float64)
     directions = [torch.outer(eye[t], eye[t]) for t in range(4)]
-    equal = balanced_mean(weighted(directions, [1.0] * 4))
+    equal = merge_balanced(weighted(directions, [1.0] * 4))
     torch.testing.assert_close(equal, sum(directions) / 2)
-    uneven = balanced_mean(weighted([directions[0], 4 * directions[1]], [1.0, 1.0]))
+    uneven = merge_balanced(weighted([directions[0], 4 * directions[1]], [1.0, 1.0]))
     # weights of 2 to 1: two thirds of the short update, a third of four for the long one, before the length
     assert float(uneven[1, 1] / uneven[0, 0]) == pytest.approx(2.0)
     assert float(uneven.square().sum()) == pytest.approx((2 * 1 + 16) / 3)
-    twice = balanced_mean(weighted([directions[0], directions[1]], [2.0, 1.0]))
+    twice = merge_balanced(weighted([directions[0], directions[1]], [2.0, 1.0]))
     assert float(twice[0, 0] / twice[1, 1]) == pytest.approx(2.0)
 
 
-def test_a_balanced_mean_of_one_update_said_twice_is_that_update() -> None:
-    update = steep_updates(30, 20, 1)[0]
-    torch.testing.assert_close(balanced_mean(weighted([update, update], [1.0, 3.0])), update, rtol=1e-12, atol=0)
+def test_a_balanced_merge_of_one_update_said_twice_is_that_update() -> None:
+    update = adapter_updates(30, 20, 1, rank=4)[0]
+    torch.testing.assert_close(merge_balanced(weighted([update, update], [1.0, 3.0])), update, rtol=0, atol=1e-12)
 
 
-def test_a_balanced_mean_of_opposite_updates_cancels() -> None:
-    update = steep_updates(30, 20, 1)[0]
-    assert float(balanced_mean(weighted([update, -update], [1.0, 1.0])).norm()) < 1e-9 * float(update.norm())
+def test_a_balanced_merge_of_opposite_updates_cancels() -> None:
+    update = adapter_updates(30, 20, 1, rank=4)[0]
+    assert float(merge_balanced(weighted([update, -update], [1.0, 1.0])).norm()) < 1e-9 * float(update.norm())
 
 
-def test_a_balanced_mean_follows_the_unit_and_not_the_order() -> None:
+def test_a_balanced_merge_follows_the_unit_and_not_the_order() -> None:
     updates = adapter_updates(40, 30, 3, rank=2)
     updates[1] *= 5
-    merged = balanced_mean(weighted(updates, [1.0, 2.0, 0.5]))
-    other = balanced_mean(weighted([100 * update for update in reversed(updates)], [0.5, 2.0, 1.0]))
+    merged = merge_balanced(weighted(updates, [1.0, 2.0, 0.5]))
+    other = merge_balanced(weighted([100 * update for update in reversed(updates)], [0.5, 2.0, 1.0]))
     torch.testing.assert_close(other / 100, merged, rtol=0, atol=1e-12)
 
 

@@ -3,7 +3,7 @@
 Against the published steps (`tests/reference/ace.py`): second moments are not centered and always divided by their
 trace, the ridge is oracle-approximating shrinkage, there is no prior, the preliminary merge itself is refined and by as
 much as the experts disagree, and the result is bounded in what it retains and in length. Updates of low rank are held
-nearer to the base, and become a balanced mean where their second moments do not correlate.
+nearer to the base, and merged by balanced task singular vectors where their second moments do not correlate.
 """
 
 import math
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.reference.subspace import top_isometry
+from tests.reference.tsv import tsv_m
 from tests.reference.weights import participants
 
 CORRELATION = 0.05
@@ -60,13 +61,13 @@ def captured(d: Tensor) -> float:
     return float(energies[:few].sum() / energies.sum())
 
 
-def balanced_mean(D: list[Tensor], a: list[float]) -> Tensor:
-    """Weights by the inverse root of the norms; as long as one update, and no more than `T` times the weighted mean."""
+def balanced(D: list[Tensor], a: list[float]) -> Tensor:
+    """Task singular vectors of updates weighted by the inverse root of their norms, no longer than one update."""
     weights = torch.tensor([a_t / float(d.norm()) ** 0.5 for a_t, d in zip(a, D, strict=True)], dtype=torch.float64)
-    weights = weights / weights.sum()
-    mean = sum(w * d for w, d in zip(weights.tolist(), D, strict=True))
-    length = math.sqrt(sum(w * float(d.norm()) ** 2 for w, d in zip(weights.tolist(), D, strict=True)))
-    return mean * max(1.0, min(len(D), length / max(float(mean.norm()), 1e-300)))
+    weights = weights / weights.mean()
+    merged = tsv_m(D, weights.tolist(), dtype=D[0].dtype)
+    length = math.sqrt(sum(w * float(d.norm()) ** 2 for w, d in zip(weights.tolist(), D, strict=True)) / len(D))
+    return merged * min(1.0, length / max(float(merged.norm()), 1e-300))
 
 
 def ace_default(
@@ -98,7 +99,7 @@ def ace_default(
 
     # Second moments of adapters that do not correlate are no second moments of the inputs: a mean.
     if low_rank and correlation(S, a) < CORRELATION:
-        return balanced_mean(D, a)
+        return balanced(D, a)
 
     # 2. The weight of least interference.
     numerator = sum(a_t * (d @ s) for a_t, d, s in zip(a, D, S, strict=True))

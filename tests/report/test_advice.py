@@ -81,7 +81,7 @@ def test_adapters_that_the_default_averages_are_a_finding(
     assert len(averaged) == (method == "ace")
     for finding in averaged:
         assert re.search(r"correlate by 0(?:\.0\d+)? only", finding.what)
-        assert finding.what.endswith("the result is their mean (3 of 3 merged matrices, this one most)")
+        assert finding.what.endswith("the result is merged without them (3 of 3 merged matrices, this one most)")
         assert "correlation_threshold: 0" in finding.remedy
     labels = [label(tensor) for tensor in report.tensors]
     assert labels == (["uncorrelated"] if method == "ace" else ["merged"]) * 3

@@ -20,7 +20,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("case", SCALE_FREE, ids=str)
 @pytest.mark.parametrize("exponent", [-100, -50, 60, 80])
 def test_updates_of_any_size_are_merged_alike(case: Case, exponent: int) -> None:
-    """Over a base of zeros: any other would drown the small ones."""
+    """Over a base of zeros: any other base has more rounding than the small ones."""
     _, experts = drawn(3, *SHAPE, dtype=torch.float32)
     base = torch.zeros(SHAPE)
     expected = case.merge(base, experts)

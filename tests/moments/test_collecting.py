@@ -1,4 +1,4 @@
-"""`mergekit-ace moments` on small checkpoints, against the inputs of their layers taken by hand."""
+"""`mergekit-ace moments` on small checkpoints, against the inputs of their layers, recorded by hooks."""
 
 import json
 import logging

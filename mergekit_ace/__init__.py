@@ -6,7 +6,7 @@ zipapps, `MERGEKIT_ACE_AUTOLOAD=0`), call `register()` once before the merge.
 Importing this package imports neither torch nor mergekit.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Public name -> the module that holds it, imported when the name is first asked for.
 _PUBLIC = {

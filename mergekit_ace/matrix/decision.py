@@ -20,6 +20,8 @@ _MOST_DIRECTIONS = 128
 _MOST, _NEARLY_ALL = 0.9, 0.98
 # Updates that are nearly all rounding have no spectrum left to judge by; their quotient must stay finite.
 _LEAST_GENUINE = 0.05
+# Points of an integral over a smooth density.
+_QUADRATURE = 512
 _LEAST_SHRINKAGE = 0.95
 """Share of the identity in an adapter's second moment, at the least. Its `m` rows are combinations of a few, which
 mostly are the random start of training: no `m` samples of the inputs, as the estimate of the ridge would have it."""
@@ -125,8 +127,7 @@ def low_rank_share(task_vectors: TaskVectors) -> float:
     """
     m, n = task_vectors.shape
     directions = min(_MOST_DIRECTIONS, max(1, int(_FEW_DIRECTIONS * min(m, n))))
-    # Share of a full-rank error of independent entries that falls into the span of so many directions of each side.
-    within = directions * (m + n - directions) / (m * n)
+    within = noise_share(m, n, directions)
     mean = 0.0
     top = top_energies((task_vectors.task_vector(t) for t in range(len(task_vectors))), directions)
     measured = zip(task_vectors.shares, task_vectors.energies, top, task_vectors.rounding_energies(), strict=True)
@@ -134,3 +135,31 @@ def low_rank_share(task_vectors: TaskVectors) -> float:
         genuine = max(energy - rounding, _LEAST_GENUINE * energy)
         mean += share * min(1.0, max(0.0, held - within * rounding) / genuine) / len(task_vectors)
     return min(1.0, max(0.0, (mean - _MOST) / (_NEARLY_ALL - _MOST)))
+
+
+def noise_share(m: int, n: int, directions: int) -> float:
+    """Share of the energy of independent random entries `[m, n]` that its top singular directions hold.
+
+    By the Marchenko-Pastur law: the squared singular values of such a matrix, of variance 1 over the larger side, have
+    the density `sqrt((b - x) (x - a)) / x` between `a` and `b = (1 -+ sqrt(min / max))^2`, up to a constant.
+
+    Args:
+        m: rows.
+        n: columns.
+        directions: how many, `1 <= directions <= min(m, n)`.
+    """
+    root = math.sqrt(min(m, n) / max(m, n))
+    low, high = (1 - root) ** 2, (1 + root) ** 2
+    # In x = middle - half cos(t) the density has no pole at its ends.
+    angles = [math.pi * (step + 0.5) / _QUADRATURE for step in range(_QUADRATURE)]
+    values = [(low + high) / 2 - (high - low) / 2 * math.cos(angle) for angle in angles]
+    counts = [math.sin(angle) ** 2 / value for angle, value in zip(angles, values, strict=True)]
+    energies = [math.sin(angle) ** 2 for angle in angles]
+    left, held = directions / min(m, n) * math.fsum(counts), 0.0
+    for count, energy in zip(reversed(counts), reversed(energies), strict=True):
+        part = min(1.0, left / count)
+        held += part * energy
+        left -= part * count
+        if left <= 0:
+            break
+    return held / math.fsum(energies)

@@ -15,6 +15,12 @@ COARSE_FORMATS = (torch.bfloat16, torch.float16)
 _FIRST_LOOK = 4096
 # An expert that was rounded twice, to float16 and then to bfloat16, differs by 1.6 percent more energy than one step.
 _TWICE_ROUNDED = 1.1
+# How many values the statistics of rounding are taken from, and the share of them (and the least number) with the
+# finest steps, which give the size of the update.
+_SAMPLE = 1 << 16
+_FINEST, _FEWEST = 0.05, 256
+# Steps of at least half a deviation, so many to each side: beyond ten deviations the density is 0.
+_JUMPS = 20
 
 
 Formats = tuple[torch.dtype, ...]
@@ -81,34 +87,81 @@ def storage_floors(
     return floors
 
 
-def expected_rounding_energies(base: Tensor, experts: Sequence[Tensor], formats: Sequence[Formats]) -> list[float]:
-    """Energy that rounding each expert to its storage format is expected to add to `expert - base`; 0 in float32.
+def expected_rounding_energies(
+    base: Tensor, experts: Sequence[Tensor], formats: Sequence[Formats], energies: Sequence[float]
+) -> list[float]:
+    """Energy of each `D = expert - base` that is expected to be the rounding of the expert's format; 0 in float32.
 
-        sum of ulp(x)^2 / 12 over the values that differ from the base's
+        sum of ulp(x)^2 / 12            where the base was not rounded in the same way
+        (1 - c^2 sigma^2 / s) ||D||^2   where it was, with s the mean square of D
 
-    Where both are stored in one format, a value that equals the base's was rounded back to it and adds nothing.
+    In the second case `D` is the update rounded to multiples of the step between neighboring numbers, which a small
+    update seldom reaches: what is left of it is `c` times the update, and an error that prefers no direction. For a
+    normal update of deviation `sigma` and a step `u`, by Stein's lemma,
+
+        c = E[D delta] / sigma^2 = (u / sigma) sum_j phi((j + 1/2) u / sigma)
+
+    `sigma` is found from the values near zero, whose steps are the finest.
 
     Args:
         base: any shape.
         experts: of the base's shape, dtype and device.
         formats: of each expert.
+        energies: `||D||_F^2` of each.
     """
-    totals = []
-    for expert, known in zip(experts, formats, strict=True):
-        total = torch.zeros((), dtype=torch.float64, device=base.device)
-        if known:
-            information = torch.finfo(known[0])
-            for ours, theirs in zip(blocks(base), blocks(expert), strict=True):
-                # ulp(x) = eps 2^floor(log2 |x|), and frexp gives |x| = f 2^e with f in [1/2, 1)
-                exponent = torch.frexp(theirs.float()).exponent - 1
-                ulp = torch.ldexp(torch.full_like(exponent, information.eps, dtype=torch.float32), exponent)
-                ulp.clamp_(min=information.smallest_normal * information.eps).mul_(theirs != ours)
-                total += ulp.double().square().sum()
-        totals.append(total)
     if not any(formats):  # nothing to wait for
-        return [0.0] * len(totals)
-    energies: list[float] = (torch.stack(totals) / 12).tolist()
-    return energies
+        return [0.0] * len(experts)
+    same = {known[0]: _round_trips(base, known[0]) for known in formats if known}
+    shares = [
+        torch.where(same[known[0]], _lost_share(base, expert, known[0]), _rounded_energy(expert, known[0]) / energy)
+        if known and energy > 0
+        else torch.zeros((), dtype=torch.float64, device=base.device)
+        for expert, known, energy in zip(experts, formats, energies, strict=True)
+    ]
+    found: list[float] = torch.stack(shares).clamp(max=1).tolist()
+    return [share * energy for share, energy in zip(found, energies, strict=True)]
+
+
+def _rounded_energy(values: Tensor, storage: torch.dtype) -> Tensor:
+    """Expected squared error of rounding to a format: a twelfth of every squared step."""
+    total = torch.zeros((), dtype=torch.float64, device=values.device)
+    for block in blocks(values):
+        total += _steps(block, storage).double().square().sum()
+    return total / 12
+
+
+def _steps(values: Tensor, storage: torch.dtype) -> Tensor:
+    """The distance between neighboring numbers of a format at each value, float32."""
+    information = torch.finfo(storage)
+    # ulp(x) = eps 2^floor(log2 |x|), and frexp gives |x| = f 2^e with f in [1/2, 1)
+    exponent = torch.frexp(values.float()).exponent - 1
+    steps = torch.ldexp(torch.full_like(exponent, information.eps, dtype=torch.float32), exponent)
+    return steps.clamp_(min=information.smallest_normal * information.eps)
+
+
+def _lost_share(base: Tensor, expert: Tensor, storage: torch.dtype) -> Tensor:
+    """Share of `||expert - base||^2` that is rounding, where both are on the grid of one format; from a sample."""
+    stride = max(1, base.numel() // _SAMPLE)
+    before = base.flatten()[::stride]
+    squares = (expert.flatten()[::stride].double() - before.double()).square()
+    # Padding is no weight: it is sorted behind all others and counted nowhere.
+    steps, order = torch.where(before == 0, math.inf, _steps(before, storage).double()).sort()
+    present = steps.isfinite()
+    steps, squares = torch.where(present, steps, 0.0), torch.where(present, squares[order], 0.0)
+    count = present.sum()
+    finest = present & (torch.arange(len(steps), device=base.device) < (_FINEST * count).clamp(min=_FEWEST))
+    among = finest.sum().clamp(min=1)
+    variance = ((squares - steps.square() / 12) * finest).sum() / among
+    mean_square = squares.sum() / count.clamp(min=1)
+    usable = (variance > 0) & (mean_square > 0)
+    # Below half a deviation a step changes nothing: c = 1 to within 1e-15.
+    ratios = (steps / torch.where(usable, variance, 1.0).sqrt()).clamp(min=0.5)
+    kept = torch.zeros_like(steps)
+    for jump in range(_JUMPS):
+        kept += 2 * torch.exp(-0.5 * ((jump + 0.5) * ratios).square())
+    kept = (ratios * kept * present).sum() / (math.sqrt(2 * math.pi) * count.clamp(min=1))
+    share = 1 - kept.square() * variance / torch.where(usable, mean_square, 1.0)
+    return torch.where(usable, share.clamp(min=0.0), 0.0)
 
 
 def _first_values(tensor: Tensor) -> Tensor:

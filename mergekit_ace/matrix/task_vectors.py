@@ -128,7 +128,8 @@ class TaskVectors:
 
     def rounding_energies(self) -> list[float]:
         """Energy that rounding to the stored format is expected to have added to each `D_t`."""
-        return expected_rounding_energies(self.base, [expert.tensor for expert in self.experts], self._formats)
+        tensors = [expert.tensor for expert in self.experts]
+        return expected_rounding_energies(self.base, tensors, self._formats, self.energies)
 
     @property
     def measured(self) -> int:

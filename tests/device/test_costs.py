@@ -13,6 +13,9 @@ pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch cannot be give
 # Each wait empties the queue of a device, whatever the size of the matrix: small matrices are nothing but waits.
 MOST_WAITS = 15
 WITH_LOW_RANK = 19
+# Adapters whose second moments do not correlate: a decomposition for each of three experts and for the two polar
+# factors, each of which is waited for twice (the decomposition, the numerical rank), and the norm of the result.
+TASK_SINGULAR_VECTORS = 2 * (3 + 2) + 1
 SHAPES = {
     "square": (272, 264),
     "tall": (544, 264),
@@ -47,7 +50,7 @@ def test_the_host_waits_few_times_for_a_matrix_by_default(shape: tuple[int, int]
 
 def test_adapters_take_a_few_more() -> None:
     accelerator = merged_on_a_device(next(cases()), SHAPES["square"], torch.float32, rank=3)
-    assert sum(accelerator.waits.values()) <= WITH_LOW_RANK, accelerator.waits
+    assert sum(accelerator.waits.values()) <= WITH_LOW_RANK + TASK_SINGULAR_VECTORS, accelerator.waits
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

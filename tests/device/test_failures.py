@@ -68,9 +68,10 @@ def test_two_failures_take_the_cpu_and_say_so_once(
     caplog.clear()
     with PretendedAccelerator() as accelerator:
         on_device = [accelerator.place(tensor, "gpu:1") for tensor in tensors]
-        for _ in range(2):
+        # Two tensors of one merge: a name that comes again would be the start of another.
+        for name in (NAME, "layers.1.weight"):
             accelerator.failures[operation] = [error(), error()]
-            result = merged(method, on_device)
+            result = merged(method, on_device, name)
             assert result.device == torch.device("gpu:1")
             assert torch.equal(result.cpu(), expected)
     (record,) = caplog.records

@@ -38,7 +38,8 @@ def is_stored_as(tensor: Tensor, storage: torch.dtype) -> bool:
 
 
 def expected_rounding_energy(base: Tensor, expert: Tensor) -> float:
-    (energy,) = expected_rounding_energies(base, [expert], formats(expert))
+    update = float((expert.double() - base.double()).square().sum())
+    (energy,) = expected_rounding_energies(base, [expert], formats(expert), [update])
     return energy
 
 

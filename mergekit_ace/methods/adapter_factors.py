@@ -75,7 +75,7 @@ def _factors(expert: ModelReference, base: ModelReference, name: str, stored: Te
 
 
 def _not_the_tensors(expert: ModelReference, name: str) -> Factors | None:
-    """None, with a word in the log."""
+    """None; the log names the tensor and the expert."""
     LOG.info("%s: the update of %s is taken from the tensor; it is not what the adapter's file holds", name, expert)
     return None
 

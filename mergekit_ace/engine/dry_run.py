@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mergekit_ace.engine.cost import tensor_cost
 from mergekit_ace.engine.merging import Request
 from mergekit_ace.engine.part import Part
 from mergekit_ace.engine.plan import plan_merge
 from mergekit_ace.engine.shards import Shard, of_part
 from mergekit_ace.recipe.plan import planned
+from mergekit_ace.recipe.tensor_cost import tensor_cost
 
 _PYTHON = 700_000_000
 """Resident size of a process that has imported torch, transformers and mergekit, in bytes."""
@@ -37,7 +37,7 @@ def dry_run(request: Request) -> DryRun:
         work = plan_merge(plan, request.options, shard_size=request.shard_size, patterns=request.patterns)
         shards = work.shards if request.part is None else tuple(of_part(work.shards, request.part))
         made = {tensor.name for shard in shards for tensor in shard.tensors}
-        costs = [tensor_cost(plan, tensor) for tensor in plan.tensors if tensor.name in made]
+        costs = [tensor_cost(plan, tensor, tensor.output) for tensor in plan.tensors if tensor.name in made]
     largest = max((cost.inputs + cost.workspace for cost in costs), default=0)
     ahead = max((cost.inputs for cost in costs), default=0)
     return DryRun(

@@ -15,12 +15,13 @@ from mergekit.options import MergeOptions
 from pydantic import BaseModel
 
 import mergekit_ace
-from mergekit_ace.engine.cost import tensor_cost
+from mergekit_ace.engine.cost import seconds
 from mergekit_ace.engine.shards import OutputTensor, Shard, default_shard_size, file_names, grouped
 from mergekit_ace.recipe.fingerprint import Fingerprint, describing_files, fingerprint
 from mergekit_ace.recipe.headers import TensorHeader
 from mergekit_ace.recipe.patterns import select_names
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
+from mergekit_ace.recipe.tensor_cost import tensor_cost
 
 # mergekit's options that change the output's values or names.
 _TELLING_OPTIONS = (
@@ -115,7 +116,8 @@ def plan_merge(
         tensors = tuple(output for output in group if output.name in chosen)
         if tensors:
             files = {_key(model, file) for output in tensors for model, file in by_name[output.name].files}
-            costs = tuple(tensor_cost(plan, by_name[output.name]).seconds for output in tensors)
+            inputs = [by_name[output.name] for output in tensors]
+            costs = tuple(seconds(tensor_cost(plan, tensor, tensor.output)) for tensor in inputs)
             shards.append(Shard(file=name, tensors=tensors, costs=costs, reads=tuple(sorted(files))))
     return MergePlan(merge=merge, shards=tuple(shards), inputs=read_inputs(plan))
 

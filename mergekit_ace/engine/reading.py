@@ -11,8 +11,8 @@ from types import TracebackType
 from mergekit.common import ModelReference
 from torch import Tensor
 
-from mergekit_ace.engine.cost import tensor_cost
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
+from mergekit_ace.recipe.tensor_cost import tensor_cost
 
 LOG = logging.getLogger("mergekit_ace")
 
@@ -68,7 +68,8 @@ class ReadingAhead:
     def _fits(self, place: int) -> bool:
         if self._memory is None:
             return True
-        present, ahead = (tensor_cost(self._plan, self._tensors[at]) for at in (place - 1, place))
+        pair = self._tensors[place - 1 : place + 1]
+        present, ahead = (tensor_cost(self._plan, tensor, tensor.output) for tensor in pair)
         fits = present.inputs + present.workspace + ahead.inputs <= self._memory
         if not fits:
             LOG.warning(

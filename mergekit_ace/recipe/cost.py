@@ -12,13 +12,13 @@ import torch
 from mergekit.common import dtype_from_name
 from rich.filesize import decimal
 
-from mergekit_ace.linalg.precision import working_dtype
-from mergekit_ace.matrix.workload import averaging_bytes, working_numbers
 from mergekit_ace.methods.layerwise import LayerwiseMethod
-from mergekit_ace.recipe.arithmetic import Arithmetic, arithmetic_of
+from mergekit_ace.recipe.arithmetic import Arithmetic
 from mergekit_ace.recipe.devices import missing_device
 from mergekit_ace.recipe.findings import Finding
-from mergekit_ace.recipe.plan import Plan, PlannedTensor
+from mergekit_ace.recipe.headers import TensorHeader
+from mergekit_ace.recipe.plan import Plan
+from mergekit_ace.recipe.tensor_cost import TensorCost, tensor_cost
 
 _PYTHON = 700_000_000
 """Resident size of a process that has imported torch, transformers and mergekit, in bytes."""
@@ -48,27 +48,10 @@ class Cost:
 
 def estimate(plan: Plan) -> Cost:
     """Estimate from the headers, and from the speed of products and decompositions on the chosen device."""
-    read = written = workspace = 0
-    arithmetic = Arithmetic()
-    dtype, out = dtype_from_name(plan.recipe.config.dtype), dtype_from_name(plan.recipe.config.out_dtype)
-    for tensor in plan.tensors:
-        models = [model for model in (tensor.base, *tensor.experts) if model is not None and tensor.reads(model)]
-        headers = [header for model in models if (header := tensor.header(model)) is not None]
-        if not headers:
-            continue
-        read += sum(header.bytes for header in headers)
-        elements, stored = headers[0].elements, headers[0].dtype
-        written += elements * (out or dtype or stored).itemsize
-        inputs = len(headers) * elements * (dtype or stored).itemsize
-        buffers = averaging_bytes(elements, dtype or stored)
-        matrix = solved_matrices(plan, tensor, headers[0].shape)
-        if matrix is not None:
-            count, m, n = matrix
-            experts = len(headers) - 1
-            buffers = working_numbers(m, n, experts) * working_dtype(dtype or stored).itemsize
-            assert isinstance(plan.method, LayerwiseMethod)
-            arithmetic += arithmetic_of(plan.method, tensor.shared_parameters, m, n, experts) * count
-        workspace = max(workspace, inputs + buffers)
+    costs = list(_costs(plan))
+    arithmetic = sum((cost.arithmetic for cost in costs), start=Arithmetic())
+    written = sum(cost.written for cost in costs)
+    workspace = max((cost.inputs + cost.workspace for cost in costs), default=0)
     seconds = None
     if isinstance(plan.method, LayerwiseMethod) and missing_device(plan.options) is None:
         speed = _speed(plan.device)
@@ -77,7 +60,7 @@ def estimate(plan: Plan) -> Cost:
         )
     shard = min(written, plan.options.out_shard_size)  # bytes, whatever mergekit's help says
     return Cost(
-        read=read,
+        read=sum(cost.read for cost in costs),
         written=written,
         memory=workspace + shard + _PYTHON,
         workspace=workspace,
@@ -85,6 +68,16 @@ def estimate(plan: Plan) -> Cost:
         available=_available(),
         device=_free_on(plan.device),
     )
+
+
+def _costs(plan: Plan) -> Iterator[TensorCost]:
+    """Of every tensor that is in a checkpoint: the output's shape is taken for the first model's."""
+    dtype, out = dtype_from_name(plan.recipe.config.dtype), dtype_from_name(plan.recipe.config.out_dtype)
+    for tensor in plan.tensors:
+        models = [model for model in (tensor.base, *tensor.experts) if model is not None and tensor.reads(model)]
+        header = next((header for model in models if (header := tensor.header(model)) is not None), None)
+        if header is not None:
+            yield tensor_cost(plan, tensor, TensorHeader(shape=header.shape, dtype=out or dtype or header.dtype))
 
 
 def check_cost(cost: Cost) -> Iterator[Finding]:
@@ -102,18 +95,6 @@ def check_cost(cost: Cost) -> Iterator[Finding]:
             f"{decimal(cost.device)} are free",
             remedy="Run it without --cuda, or free the device.",
         )
-
-
-def solved_matrices(plan: Plan, tensor: PlannedTensor, shape: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """How many matrices are solved, and their `m` and `n`; None where none is."""
-    if not isinstance(plan.method, LayerwiseMethod):
-        return None
-    parameters = tensor.shared_parameters
-    kind = plan.method.treat(tensor.name, shape, tensor.vocabulary_axis, parameters).kind
-    if kind not in ("matrix", "stack"):
-        return None
-    m, n = shape[-2:] if parameters["input_axis"] == "last" else (shape[-1], shape[-2])
-    return (shape[0] if kind == "stack" else 1), m, n
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,11 +31,12 @@ from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.adapter_factors import adapter_factors, known
 from mergekit_ace.methods.advice import Evidence, log_messages, table_merged_as_matrix
 from mergekit_ace.methods.device_failures import named, on_device_or_cpu
+from mergekit_ace.methods.lost_inputs import KnownInputs
 from mergekit_ace.methods.matrices import Matrix, inputs_last, matrices, weighted_experts
 from mergekit_ace.methods.measured_moments import with_measured_moments
 from mergekit_ace.methods.parameters import LAMBDA, RecipeParameter, common_parameters
 from mergekit_ace.methods.quantized_inputs import require_unquantized_models, require_unquantized_tensors
-from mergekit_ace.methods.warnings import MergeWarnings
+from mergekit_ace.methods.warnings import MergeWarnings, begins_a_merge
 from mergekit_ace.policy import Choice, Treatment, is_embedding, treatment
 from mergekit_ace.printable import printable
 
@@ -58,6 +59,7 @@ class LayerwiseMethod(GroupMergeMethod):
 
     def __init__(self) -> None:
         self._warnings = MergeWarnings()
+        self._known_inputs = KnownInputs()
         self.spec = MergeMethodSpec(
             name=self.name,
             pretty_name=self.pretty_name,
@@ -78,8 +80,12 @@ class LayerwiseMethod(GroupMergeMethod):
 
         Raises:
             ValueError: no base, too few experts, or a model that is quantized.
+            RuntimeError: a tensor without all of the models that it was merged from before in this merge.
         """
         self._warnings.inputs_checked(group_name)
+        if begins_a_merge(group_name):
+            self._known_inputs.begin()
+        self._known_inputs.require(group_name, input_ids)
         super().validate_inputs(input_ids, base_id, group_name=group_name)
         require_unquantized_models(input_ids)
 
@@ -167,6 +173,7 @@ class LayerwiseMethod(GroupMergeMethod):
         started = time.perf_counter()
         treated = self.treat(name, base.shape, group.metadata.vocabulary_axis, parameters)
         self._warnings.merging(group.metadata.name)
+        self._known_inputs.merging(group.metadata.name, [entry.id for entry in group.entries])
         if treated.kind == "matrix" and is_embedding(name, group.metadata.vocabulary_axis):
             self._warnings.warn("embeddings", "{}: {}. {}".format(name, *table_merged_as_matrix(self.name)))
         with named(name, base), diagnostics(LOG.isEnabledFor(logging.INFO)):

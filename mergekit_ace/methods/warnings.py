@@ -12,6 +12,11 @@ LOG = logging.getLogger("mergekit_ace")
 _SLICE = re.compile(r"\.slices\[\d+\]$")
 
 
+def begins_a_merge(group_name: str | None) -> bool:
+    """Whether what mergekit checks is all of a slice or model, as it does before it plans the tensors of a merge."""
+    return group_name is None or _SLICE.search(group_name) is not None
+
+
 class MergeWarnings:
     """Logs the first message of each cause of a merge; thread-safe, one for each merge method.
 
@@ -27,7 +32,7 @@ class MergeWarnings:
 
     def inputs_checked(self, group_name: str | None) -> None:
         """Told that mergekit has checked the inputs of a group: a tensor, by its name, or all of a slice or model."""
-        if group_name is None or _SLICE.search(group_name):
+        if begins_a_merge(group_name):
             with self._lock:
                 self._begin()
 

@@ -1,14 +1,22 @@
 """mergekit's own multi-GPU executor, on two pretended devices: the bytes of the CPU."""
 
 import contextlib
+import queue
+import re
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from mergekit import merge
+from mergekit.graph import TaskHandle
+from mergekit.multigpu_executor import MultiGPUExecutor
 
 import mergekit_ace
+from mergekit_ace.mergekit_internals import ExecuteMergeMethodTask, GatherTensors, LoadTensor, SaveTensor
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from tests.checkpoints import Suite, make_suite, read_tensors
 from tests.commands import mergekit_yaml
@@ -42,18 +50,84 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedAccelerato
         assert sorted(threads.values()) == ["gpu:0", "gpu:1"]
 
 
-@pytest.mark.parametrize("method", mergekit_ace.METHODS, ids=lambda method: method.name)
-def test_two_devices_give_the_bytes_of_the_cpu(
-    method: LayerwiseMethod, suite: Suite, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    recipe = {
-        "merge_method": method.name,
+class EveryResult(MultiGPUExecutor):
+    """mergekit's executor, made to wait for the results that it loses: those in its queue when all devices are done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        results = self.task_completion_queue
+
+        class AfterTheQueue(threading.Event):
+            def set(self) -> None:
+                while not results.empty():
+                    time.sleep(0.01)
+                super().set()
+
+        self.done_event = AfterTheQueue()
+
+
+class WithoutOneExpert(MultiGPUExecutor):
+    """mergekit's executor as on a busy machine: of one tensor, all results are lost but the last expert's weights."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+        def is_lost(handle: TaskHandle) -> bool:
+            task = handle.task()
+            if isinstance(task, SaveTensor):
+                return task.tensor_name == LOST_TENSOR
+            if isinstance(task, ExecuteMergeMethodTask):
+                return task.output_weight.name == LOST_TENSOR
+            if isinstance(task, GatherTensors):
+                return all(weight.name == LOST_TENSOR for weight in task.weight_info.values())
+            return isinstance(task, LoadTensor) and task.tensor == LOST_TENSOR and task.model != lost_expert
+
+        merges = [task for task in self.universe.tasks if isinstance(task, ExecuteMergeMethodTask)]
+        lost_expert = max(set(merges[0].model_order) - {merges[0].base_model}, key=str)
+        universe = self.universe
+
+        class Losing(queue.Queue[tuple[int, Any]]):
+            def put(self, item: tuple[int, Any], block: bool = True, timeout: float | None = None) -> None:
+                if not is_lost(TaskHandle(universe, item[0])):
+                    super().put(item, block, timeout)
+
+        self.task_completion_queue = Losing()
+
+
+LOST_TENSOR = "model.layers.0.mlp.up_proj.weight"
+
+
+def recipe_of(method: str, suite: Suite) -> dict[str, Any]:
+    return {
+        "merge_method": method,
         "base_model": str(suite.base.path),
         "models": [{"model": str(expert.path)} for expert in suite.experts],
     }
+
+
+@pytest.mark.parametrize("method", mergekit_ace.METHODS, ids=lambda method: method.name)
+def test_two_devices_give_the_bytes_of_the_cpu(
+    method: LayerwiseMethod,
+    suite: Suite,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = recipe_of(method.name, suite)
     expected = read_tensors(mergekit_yaml(recipe, tmp_path / "cpu"))
     accelerator = request.getfixturevalue("accelerator")
+    monkeypatch.setattr(merge, "MultiGPUExecutor", EveryResult)
     merged = read_tensors(mergekit_yaml(recipe, tmp_path / "devices", "--multi-gpu"))
     assert accelerator.peak > 0
     assert merged.keys() == expected.keys()
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+def test_results_that_mergekit_loses_are_an_error(
+    suite: Suite, tmp_path: Path, accelerator: PretendedAccelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge, "MultiGPUExecutor", WithoutOneExpert)
+    with pytest.raises(RuntimeError, match=rf"{re.escape(LOST_TENSOR)}: .* is missing.*--multi-gpu lost") as error:
+        mergekit_yaml(recipe_of("ace", suite), tmp_path / "devices", "--multi-gpu")
+    assert str(suite.experts[-1].path) in str(error.value)
+    assert str(suite.experts[0].path) not in str(error.value)

@@ -23,7 +23,7 @@ class DryRun:
     read: int
     written: int
     memory: int
-    """Of each worker: the largest tensor and the next one's inputs, the shard being filled, Python."""
+    """A worker's: the largest tensor, the next one's inputs, the last one's output, Python; of pickles a whole file."""
     part: Part | None
 
 
@@ -40,10 +40,12 @@ def dry_run(request: Request) -> DryRun:
         costs = [tensor_cost(plan, tensor, tensor.output) for tensor in plan.tensors if tensor.name in made]
     largest = max((cost.inputs + cost.workspace for cost in costs), default=0)
     ahead = max((cost.inputs for cost in costs), default=0)
+    tensors_written = (cost.written for cost in costs)
+    held = tensors_written if request.options.safe_serialization else (shard.nbytes for shard in shards)
     return DryRun(
         shards=shards,
         read=sum(cost.read for cost in costs),
         written=sum(shard.nbytes for shard in shards),
-        memory=largest + ahead + max((shard.nbytes for shard in shards), default=0) + _PYTHON,
+        memory=largest + ahead + max(held, default=0) + _PYTHON,
         part=request.part,
     )

@@ -9,16 +9,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from safetensors import safe_open
-from torch import Tensor
 
 from mergekit_ace.engine.contents import require_each_once, require_none
 from mergekit_ace.engine.files import CARD, retitled, write_index
-from mergekit_ace.engine.making import write_tensors
 from mergekit_ace.engine.parts import CARD_NAME, FILES, TENSORS, Manifest, read_manifest
 from mergekit_ace.engine.plan import Merge
 from mergekit_ace.engine.receipt import Maker
 from mergekit_ace.engine.record import write_record
 from mergekit_ace.engine.shards import OutputTensor, arranged
+from mergekit_ace.engine.tensor_file import TensorFile, layout
 from mergekit_ace.recipe.fingerprint import file_digest
 
 
@@ -116,7 +115,7 @@ def write(folders: Sequence[Path], manifests: Sequence[Manifest], out: Path, sha
             _put(source, out / name)
             digests[name] = receipts[source].sha256
         else:
-            digests[name] = write_tensors(_collected(tensors, places), out / name)
+            digests[name] = _collect(tensors, places, out / name)
     weights = {tensor.name: tensor for tensors in layout.values() for tensor in tensors}
     if len(layout) > 1:
         files = {tensor.name: name for name, tensors in layout.items() for tensor in tensors}
@@ -137,12 +136,13 @@ def _put(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _collected(tensors: Sequence[OutputTensor], places: dict[str, Path]) -> dict[str, Tensor]:
-    found = {}
+def _collect(tensors: Sequence[OutputTensor], places: dict[str, Path], file: Path) -> str:
+    """Write tensors of several files to one, and return its SHA-256."""
     with ExitStack() as stack:
         files = {places[tensor.name] for tensor in tensors}
-        opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in files}
-        for tensor in tensors:
-            # A copy: safetensors will not write tensors that share the memory of one mapped file.
-            found[tensor.name] = opened[places[tensor.name]].get_tensor(tensor.name).clone()
-    return found
+        opened = {source: stack.enter_context(safe_open(source, framework="pt")) for source in files}
+        planned = layout(tensors)
+        with TensorFile(file, planned) as writing:
+            for tensor in planned:
+                writing.write(tensor, opened[places[tensor.name]].get_tensor(tensor.name))
+    return writing.sha256

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import platform
 import socket
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 from transformers.trainer_utils import set_seed
 
+from mergekit_ace.engine.pickle import Pickle
 from mergekit_ace.engine.plan import MergePlan
 from mergekit_ace.engine.reading import ReadingAhead
-from mergekit_ace.engine.receipt import Maker, Notice, Receipt, temporary_name
+from mergekit_ace.engine.receipt import Maker, Notice, Receipt
 from mergekit_ace.engine.shards import OutputTensor, Shard
-from mergekit_ace.recipe.fingerprint import file_digest
+from mergekit_ace.engine.tensor_file import TensorFile, described, layout
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
 
 OnTensor = Callable[[str, float], None]
@@ -65,15 +64,12 @@ class ShardMaker:
         started = time.perf_counter()
         with noticed() as notices:
             self._require_unchanged(shard)
-            tensors = dict(self._merged(shard))
-            self._require_unchanged(shard)
-            file = self._folder / shard.file
-            sha256 = write_tensors(tensors, file) if tensors else ""
+            made, sha256 = self._written(shard)
         return Receipt(
             key=self._work.key(shard),
             file=shard.file,
-            tensors=tuple(described(name, tensor) for name, tensor in tensors.items()),
-            absent=tuple(output.name for output in shard.tensors if output.name not in tensors),
+            tensors=tuple(tensor for tensor in shard.tensors if tensor.name in made),
+            absent=tuple(tensor.name for tensor in shard.tensors if tensor.name not in made),
             sha256=sha256,
             inputs=self._work.sources(shard),
             seconds=round(time.perf_counter() - started, 3),
@@ -81,16 +77,27 @@ class ShardMaker:
             maker=this_maker(self._plan.device),
         ).sealed()
 
-    def _merged(self, shard: Shard) -> Iterator[tuple[str, Tensor]]:
-        planned = [self._tensors[output.name] for output in shard.tensors]
+    def _written(self, shard: Shard) -> tuple[set[str], str]:
+        """Merge and write; the names of what was made, and the file's SHA-256."""
+        outputs, file, made = layout(shard.tensors), self._folder / shard.file, set()
+        opened = TensorFile if file.suffix == ".safetensors" else Pickle
+        with opened(file, outputs) as writing:
+            for output, merged in self._merged(outputs):
+                writing.write(output, merged)
+                made.add(output.name)
+            self._require_unchanged(shard)
+        return made, writing.sha256
+
+    def _merged(self, outputs: Sequence[OutputTensor]) -> Iterator[tuple[OutputTensor, Tensor]]:
+        planned = [self._tensors[output.name] for output in outputs]
         with ReadingAhead(self._plan, planned, self._memory) as inputs:
-            for output, tensor in zip(shard.tensors, planned, strict=True):
+            for output, tensor in zip(outputs, planned, strict=True):
                 started = time.perf_counter()
                 self._seed(tensor)
                 merged = tensor.merge(inputs.next())
                 if merged is not None:
                     _require_as_planned(output, described(output.name, merged))
-                    yield output.name, merged
+                    yield output, merged
                 self._on_tensor(output.name, time.perf_counter() - started)
 
     def _seed(self, tensor: PlannedTensor) -> None:
@@ -111,40 +118,6 @@ class ShardMaker:
                     found = file.stat()
                     if (found.st_size, found.st_mtime_ns) != (planned.size, planned.changed):
                         raise ValueError(f"inputs must not change during a merge; {file} did. Run the merge again")
-
-
-def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> str:
-    """Write a file of tensors, whole or not at all, and return its SHA-256."""
-    partial = temporary_name(file)
-    try:
-        if file.suffix == ".safetensors":
-            safetensors.torch.save_file(_unshared(tensors), partial, metadata={"format": "pt"})
-        else:
-            torch.save(dict(tensors), partial)
-        with partial.open("rb") as stream:
-            os.fsync(stream.fileno())
-        digest = file_digest(partial)
-        partial.replace(file)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    return digest
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of those that share memory, which safetensors does not write."""
-    seen: set[int] = set()
-    found = {}
-    for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if place in seen else tensor
-        seen.add(place)
-    return found
-
-
-def described(name: str, tensor: Tensor) -> OutputTensor:
-    """A tensor's name, dtype and shape."""
-    return OutputTensor(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
 
 
 def _require_as_planned(planned: OutputTensor, made: OutputTensor) -> None:

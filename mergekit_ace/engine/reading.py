@@ -70,7 +70,8 @@ class ReadingAhead:
             return True
         pair = self._tensors[place - 1 : place + 1]
         present, ahead = (tensor_cost(self._plan, tensor, tensor.output) for tensor in pair)
-        fits = present.inputs + present.workspace + ahead.inputs <= self._memory
+        # Two outputs: this tensor's, and the one before it while it is written.
+        fits = present.inputs + present.workspace + 2 * present.written + ahead.inputs <= self._memory
         if not fits:
             LOG.warning(
                 "%s and the tensor after it do not fit into a worker's memory (--memory): one is read at a time",

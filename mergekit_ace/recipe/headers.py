@@ -80,6 +80,19 @@ def header_of(shape: Iterable[int], dtype: str) -> TensorHeader:
     return TensorHeader(shape=tuple(shape), dtype=getattr(torch, name, torch.uint8))
 
 
+def safetensors_name(dtype: torch.dtype) -> str:
+    """What safetensors calls a dtype, such as `BF16`.
+
+    Raises:
+        ValueError: it has no name for it.
+    """
+    name = str(dtype).removeprefix("torch.")
+    for known, ours in _DTYPE_NAMES.items():
+        if ours == name:
+            return known
+    raise ValueError(f"dtype must be one that safetensors stores; got {name}. Set out_dtype")
+
+
 def read_headers(index: ShardedTensorIndex) -> Mapping[str, TensorHeader]:
     """Every tensor of a checkpoint by its name on disk; reads no weight of a safetensors file.
 

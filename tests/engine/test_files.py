@@ -9,10 +9,11 @@ import torch
 import yaml
 from mergekit.card import generate_card
 from mergekit.config import MergeConfiguration
+from safetensors.torch import save_file
 
 from mergekit_ace.engine.contents import require_each_once
 from mergekit_ace.engine.files import card
-from mergekit_ace.engine.making import described, write_tensors
+from mergekit_ace.engine.tensor_file import described
 from tests.checkpoints import Suite, make_suite, save_tokenizer
 from tests.cli.conftest import Invoke
 
@@ -85,19 +86,19 @@ def test_a_tensor_that_is_missing_repeated_unknown_or_different_is_found(tmp_pat
     tensors = {name: torch.zeros(2, 3) for name in ("a", "b", "c")}
     planned = [described(name, tensor) for name, tensor in tensors.items()]
     one, two = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
-    write_tensors({"a": tensors["a"]}, one)
+    save_file({"a": tensors["a"]}, one)
     for content, message in (
         ({"b": tensors["b"]}, "got missing c"),
         ({"a": tensors["a"], "b": tensors["b"], "c": tensors["c"]}, "one file only; got repeated a"),
         ({"b": tensors["b"], "c": tensors["c"], "d": tensors["a"]}, "planned tensors only; got unknown d"),
         ({"b": tensors["b"], "c": tensors["c"].half()}, "planned shape and dtype; got different c"),
     ):
-        write_tensors(content, two)
+        save_file(content, two)
         with pytest.raises(ValueError, match=message):
             require_each_once(planned, [one, two])
-    write_tensors({"b": tensors["b"], "c": tensors["c"]}, two)
+    save_file({"b": tensors["b"], "c": tensors["c"]}, two)
     require_each_once(planned, [one, two])
-    write_tensors({"b": tensors["b"]}, two)
+    save_file({"b": tensors["b"]}, two)
     require_each_once(planned, [one, two], absent=["c"])
 
 

@@ -212,7 +212,7 @@ class RayWorkers:
         if shard is not None and attempts[shard.file] >= _ATTEMPTS:
             raise WorkerError(
                 f"{shard.file} ended its worker {_ATTEMPTS} times, which may be out of memory: {_first_line(error)}. "
-                "Give workers more memory, or a smaller --out-shard-size; --resume goes on with the finished shards"
+                "Give workers more memory; --resume goes on with the finished shards"
             ) from error
 
     def _hire(self) -> None:

@@ -133,7 +133,7 @@ def _epitaph(worker: _Worker) -> str:
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
     message = f"worker {worker.number + 1} (process {worker.process.pid}) {how} while it made {worker.shard.file}"
     if status == -signal.SIGKILL:
-        message += ". The machine may be out of memory: take fewer --workers, or a smaller --out-shard-size"
+        message += ". The machine may be out of memory: take fewer --workers"
     return f"{message}. --resume goes on with the finished shards"
 
 

@@ -1,0 +1,146 @@
+"""A safetensors file that is written while its tensors are merged: one at a time, and none is kept.
+
+The safetensors library writes a file from all of its tensors at once. What a merge will write is planned, so the header
+can go first; a worker then holds one tensor in place of a whole file of them, which is gigabytes of a large model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from mergekit_ace.engine.receipt import temporary_name
+from mergekit_ace.engine.shards import OutputTensor
+from mergekit_ace.recipe.fingerprint import file_digest
+from mergekit_ace.recipe.headers import safetensors_name
+
+_ALIGNMENT = 8
+_PIECE = 1 << 24
+
+
+def layout(tensors: Iterable[OutputTensor]) -> list[OutputTensor]:
+    """The order of tensors in a file: the widest numbers first, so that every one begins at a multiple of its width."""
+    return sorted(tensors, key=lambda tensor: -_dtype(tensor).itemsize)
+
+
+class TensorFile:
+    """Writes a file in a thread of its own; the file has its name when all of it is on the disk.
+
+    Args:
+        file: where to.
+        planned: what will be written, in the order of `layout`.
+
+    Raises:
+        OSError: of the file system, from `write` or at the end; nothing is left then.
+    """
+
+    def __init__(self, file: Path, planned: Sequence[OutputTensor]) -> None:
+        self._file = file
+        self._partial = temporary_name(file)
+        self._planned = tuple(planned)
+        self._written: list[OutputTensor] = []
+        self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writing")
+        self._pending: Future[None] | None = None
+        self.sha256 = ""
+        """Of the file, once it is there; empty where no tensor was written, and no file is."""
+
+    def __enter__(self) -> TensorFile:
+        self._stream: BinaryIO = self._partial.open("wb")
+        self._append(header(self._planned))
+        return self
+
+    def write(self, tensor: OutputTensor, values: Tensor) -> None:
+        """Hand over the next tensor; waits until the one before it is written.
+
+        Args:
+            tensor: of those planned, after the last one; some may be left out.
+            values: of its shape and dtype, not to be modified afterwards.
+        """
+        self._settle()
+        self._written.append(tensor)
+        self._pending = self._thread.submit(self._write, values)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self._settle()
+        finally:
+            self._thread.shutdown(wait=True)
+            try:
+                if error is None and self._written:
+                    self._finish()
+            finally:
+                self._stream.close()
+                self._partial.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        complete = len(self._written) == len(self._planned)
+        if not complete:
+            # In the place of the header that was planned, which is longer.
+            self._stream.seek(0)
+            self._stream.write(header(self._written, len(header(self._planned))))
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self.sha256 = self._digest.hexdigest() if complete else file_digest(self._partial)
+        self._partial.replace(self._file)
+
+    def _settle(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def _write(self, values: Tensor) -> None:
+        stored = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        for start in range(0, len(stored), _PIECE):
+            self._append(stored[start : start + _PIECE].numpy().data)
+
+    def _append(self, content: bytes | memoryview) -> None:
+        self._stream.write(content)
+        self._digest.update(content)
+
+
+def header(tensors: Sequence[OutputTensor], length: int | None = None) -> bytes:
+    """What a safetensors file begins with: the size of the description, and the description, padded with spaces.
+
+    Args:
+        tensors: in the order of the file.
+        length: in bytes, of the whole; the least that it fits in if None. Both are multiples of 8.
+    """
+    description: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for tensor, start in zip(tensors, _starts(tensors), strict=True):
+        description[tensor.name] = {
+            "dtype": safetensors_name(_dtype(tensor)),
+            "shape": tensor.shape,
+            "data_offsets": [start, start + tensor.nbytes],
+        }
+    content = json.dumps(description, separators=(",", ":"), ensure_ascii=False).encode()
+    size = -(-len(content) // _ALIGNMENT) * _ALIGNMENT if length is None else length - _ALIGNMENT
+    return size.to_bytes(_ALIGNMENT, "little") + content.ljust(size)
+
+
+def described(name: str, tensor: Tensor) -> OutputTensor:
+    """A tensor's name, dtype and shape."""
+    return OutputTensor(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+
+
+def _starts(tensors: Sequence[OutputTensor]) -> Iterator[int]:
+    start = 0
+    for tensor in tensors:
+        yield start
+        start += tensor.nbytes
+
+
+def _dtype(tensor: OutputTensor) -> torch.dtype:
+    dtype = getattr(torch, tensor.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype

@@ -11,7 +11,7 @@ READING = (ValueError, RuntimeError, KeyError, OSError, EOFError, SafetensorErro
 
 
 def message_of(error: BaseException) -> str:
-    """The error's own words; its type too where those alone say little (a bare key, a library's code)."""
+    """The error's own words; its type too where those alone do not tell what happened (a key, a library's code)."""
     if isinstance(error, UnpicklingError):  # torch's own words go on to say how to run the code
         return (
             "a pickle is damaged or holds more than tensors; nothing in it was run. Take that model as safetensors; "

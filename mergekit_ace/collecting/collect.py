@@ -29,7 +29,7 @@ from mergekit_ace.recipe.plan import Plan
 LOG = logging.getLogger("mergekit_ace")
 
 FEWEST_TOKENS = 32
-"""An expert's prompts must have as many: fewer say little beyond the directions of single tokens."""
+"""An expert's prompts must have as many: the second moment of fewer is that of a few single tokens."""
 
 Progress = Callable[[str, int, int], None]
 """Called with the expert's name, the prompts done, and how many there are."""

@@ -40,12 +40,12 @@ def with_measured_moments(
     if found is None:
         return tuple(experts)
     folder, tensor, known = found
-    folder.require_base(name, tensor, base)
+    folder.require_weight(name, base)
     result = []
     for expert in experts:
         measured = None
         if (known_as := known[expert.name]) is not None:
-            folder.require_expert(name, known_as, expert.tensor)
+            folder.require_weight(name, expert.tensor, expert=known_as)
             measured = folder.measured(tensor, known_as)
         result.append(replace(expert, measured=measured))
     return tuple(result)

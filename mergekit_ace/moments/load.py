@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mergekit_ace.matrix.expert import MeasuredMoment
-from mergekit_ace.moments.fingerprint import Fingerprint, fingerprint
+from mergekit_ace.moments.fingerprint import fingerprint
 from mergekit_ace.moments.index import INDEX, MeasuredExpert, MeasuredTensor, MomentsError, MomentsIndex, read_index
 
 
@@ -67,33 +67,29 @@ class MomentsFolder:
             )
         return measured
 
-    def require_base(self, name: str, tensor: MeasuredTensor, base: Tensor) -> None:
-        """Refuse a base that the moments were not measured on.
+    def require_weight(self, name: str, weight: Tensor, *, expert: str | None = None) -> None:
+        """Refuse a weight that the moments were not measured on.
 
         Args:
-            name: of the tensor.
-            tensor: what `tensor` gave.
-            base: the base's weight, as stored.
+            name: of a tensor that `tensor` found.
+            weight: as stored.
+            expert: whose it is, as `expert` gave; its values count where it was itself run. None: the base's.
 
         Raises:
             MomentsError: it has other values.
         """
-        self._require(tensor.base, base, f"{name} of the base", f"the base {self.index.base}")
-
-    def require_expert(self, name: str, expert: str, weight: Tensor) -> None:
-        """Refuse an expert that the moments were not measured on, where it was itself run to measure them.
-
-        Args:
-            name: of the tensor.
-            expert: what `expert` gave.
-            weight: the expert's weight, as stored.
-
-        Raises:
-            MomentsError: it has other values.
-        """
-        entry = self.index.experts[expert]
-        if name in entry.weights:
-            self._require(entry.weights[name], weight, f"{name} of the expert {expert}", entry.model)
+        if expert is None:
+            model, what, measured = f"the base {self.index.base}", "the base", self.index.tensors[name].base
+        elif name in self.index.experts[expert].weights:
+            entry = self.index.experts[expert]
+            model, what, measured = entry.model, f"the expert {expert}", entry.weights[name]
+        else:
+            return
+        if not measured.matches(fingerprint(weight)):
+            raise MomentsError(
+                f"{name} of {what} is not the weight that the moments in {self.folder} were measured on ({model}): it "
+                "has other values. Measure them on the models of this recipe"
+            )
 
     def measured(self, tensor: MeasuredTensor, expert: str) -> MeasuredMoment | None:
         """An expert's moment; None where too few of its tokens came to this matrix.
@@ -126,13 +122,6 @@ class MomentsFolder:
             raise MomentsError(f"{file}: the moments of {tensor.input} hold NaN or infinity. Measure them again")
         return factor
 
-    def _require(self, measured: Fingerprint, weight: Tensor, what: str, model: str) -> None:
-        if not measured.matches(fingerprint(weight)):
-            raise MomentsError(
-                f"{what} is not the weight that the moments in {self.folder} were measured on ({model}): it has other "
-                "values. Measure them on the models of this recipe"
-            )
-
 
 def last_part(model: str) -> str:
     """The last part of a model's path, or of its adapter's."""
@@ -147,11 +136,8 @@ def open_moments(folder: Path) -> MomentsFolder:
     """
     try:
         changed = (folder / INDEX).stat().st_mtime_ns
-    except OSError as error:
-        raise MomentsError(
-            f"parameter moments must be a folder that mergekit-ace moments wrote; got {str(folder)!r}, whose {INDEX} "
-            f"cannot be read: {error.strerror}"
-        ) from error
+    except OSError:
+        changed = 0  # what is wrong is said by whoever reads it
     return _open(folder.resolve(), changed)
 
 

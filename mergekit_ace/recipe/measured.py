@@ -80,4 +80,4 @@ def _require_base(folder: MomentsFolder, tensor: PlannedTensor) -> None:
     first = tensor.shared_parameters["input_axis"] == "first"
     entry = folder.tensor(tensor.name, base.shape, input_first=first)
     if entry is not None:
-        folder.require_base(tensor.name, entry, base)
+        folder.require_weight(tensor.name, base)

@@ -14,6 +14,7 @@ from mergekit_ace.report.wording import label
 
 _Cell = str | int | float | None
 _PER_EXPERT = ("norm", "energy_share", "loss")
+_WHERE_MEASURED = ("measured_loss", "estimate_correlation")
 _NESTED = ("experts", "left_out", "interference", "parameters", "merge", "merged", "gate")
 # A spreadsheet takes text that begins so for a formula, and names come from checkpoints.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -22,7 +23,9 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 def to_csv(report: Report) -> str:
     """The table, with a header; what was not measured is empty."""
     short = short_names(report.experts)
-    per_expert = [(name, field) for field in _PER_EXPERT for name in report.experts]
+    entries = [expert for tensor in report.tensors for expert in tensor.experts]
+    measured = [f for f in _WHERE_MEASURED if any(getattr(expert, f) is not None for expert in entries)]
+    per_expert = [(name, field) for field in (*_PER_EXPERT, *measured) for name in report.experts]
     rows = [dict(_cells(tensor)) for tensor in report.tensors]
     # What a merge records of itself depends on the method: the columns are those that occur.
     columns = list(dict.fromkeys([*dict(_plain_cells(_EMPTY)), *(column for row in rows for column in row)]))

@@ -1,7 +1,8 @@
 """How the experts of one matrix stand to each other, and what the merge costs each of them.
 
 Always under `G_t = D_t^T D_t` of the plain task vectors, whatever second moment the method takes, so that methods can
-be compared. Products only, no decomposition.
+be compared; and where an expert's inputs were measured, under their second moment too. Products only, no
+decomposition.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from mergekit_ace.linalg.precision import inner_product, squared_norm
 from mergekit_ace.linalg.symmetric import gram
 from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.report.against_measured import AgainstMeasured, against_measured
 from mergekit_ace.report.model import Interference
 
 
@@ -27,6 +29,8 @@ class Comparison:
     """Of each expert's task vector."""
     losses: Sequence[float]
     """Of each expert."""
+    against_measured: Sequence[AgainstMeasured | None]
+    """Of each expert; None where its inputs were not measured."""
 
 
 def compare(task_vectors: TaskVectors, merged: Tensor) -> Comparison:
@@ -47,6 +51,7 @@ def compare(task_vectors: TaskVectors, merged: Tensor) -> Comparison:
     moments: list[Tensor] = []
     squares: list[float] = []
     losses: list[float] = []
+    held: list[AgainstMeasured | None] = []
     for s in range(T):
         update = task_vectors.task_vector(s)
         moment = small_gram(update)
@@ -62,11 +67,14 @@ def compare(task_vectors: TaskVectors, merged: Tensor) -> Comparison:
         missed = merged - update
         lost = inner_product(gram(missed), moment) if tall else squared_norm(missed @ update.mT)
         losses.append(max(0.0, lost) / squares[s])
+        measured = task_vectors.experts[s].measured
+        held.append(measured if measured is None else against_measured(measured, update, missed, squared=squares[s]))
     ranks = [energy**2 / square for energy, square in zip(task_vectors.energies, squares, strict=True)]
     return Comparison(
         interference=Interference(overlap=_rows(overlap), alignment=_rows(alignment)) if T > 1 else None,
         effective_ranks=ranks,
         losses=losses,
+        against_measured=held,
     )
 
 

@@ -58,7 +58,14 @@ def merge_fields(
     n = task_vectors.shape[1]
     solved = [relative_ridge([moment], [1.0], n) for moment in merge.moments]
     ridges: Sequence[float | None] = solved or [None] * len(task_vectors)
-    measured = zip(experts(task_vectors), ridges, comparison.effective_ranks, comparison.losses, strict=True)
+    found = zip(
+        experts(task_vectors),
+        ridges,
+        comparison.effective_ranks,
+        comparison.losses,
+        comparison.against_measured,
+        strict=True,
+    )
     return {
         "experts": tuple(
             expert.model_copy(
@@ -66,10 +73,12 @@ def merge_fields(
                     "ridge": ridge,
                     "effective_rank": rank,
                     "loss": loss,
+                    "measured_loss": held and held.loss,
+                    "estimate_correlation": held and held.correlation,
                     "spectrum": spectrum(task_vectors.task_vector(t)) if with_spectra else None,
                 }
             )
-            for t, (expert, ridge, rank, loss) in enumerate(measured)
+            for t, (expert, ridge, rank, loss, held) in enumerate(found)
         ),
         "merge": merge.facts(),
         "merged": _merged(task_vectors, merged, merge, scale, with_spectra=with_spectra),

@@ -52,6 +52,12 @@ class ExpertReport(_Record):
     loss: float | None = None
     """`||(W - D) D^T||_F^2 / ||D D^T||_F^2` with the merged task vector `W`: the interference with this expert (the
     objective of WUDI), relative to that of the base. 0: the expert's outputs are kept; 1: as far as the base."""
+    measured_loss: float | None = None
+    """The same under the measured second moment `C` of its inputs, `tr((W - D) C (W - D)^T) / tr(D C D^T)`; null where
+    it was not measured."""
+    estimate_correlation: float | None = None
+    """Correlation of `G = D^T D` with the measured second moment of its inputs, about the identity: 1 where the
+    estimate is right, 0 where it tells nothing of the inputs; null where it was not measured."""
     spectrum: Spectrum | None = None
     """Singular values of `D`, where they were asked for."""
 

@@ -28,6 +28,19 @@ class ExpertSummary:
     """Mean share of the energy."""
     loss: float | None
     """Mean loss; None without merges."""
+    measured_loss: float | None
+    """Mean loss under the measured second moments; None where there are none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateSummary:
+    """How good the estimates of one layer type were, over all experts whose inputs were measured."""
+
+    kind: str
+    matrices: int
+    """How many, each expert's counted."""
+    correlation: float
+    """Mean correlation of the estimated and the measured second moment."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +55,8 @@ class Summary:
     """Those with the largest mean loss, the largest first; without merges, with the largest heterogeneity. None where
     all are alike."""
     failed: tuple[TensorReport, ...]
+    estimates: tuple[EstimateSummary, ...]
+    """By layer type, in the order of the model; empty where nothing was measured."""
     seconds: float
 
     @property
@@ -73,6 +88,7 @@ def summarize(report: Report, *, most: int = _MOST_LISTED) -> Summary:
         experts=tuple(_expert(expert, report) for expert in report.experts),
         ranked=() if alike else tuple(ranked[:most]),
         failed=tuple(tensor for tensor in report.tensors if tensor.treatment == "failed"),
+        estimates=_estimates(report.tensors),
         seconds=sum(tensor.seconds for tensor in report.tensors),
     )
 
@@ -122,12 +138,26 @@ def _expert(name: str, report: Report) -> ExpertSummary:
     present = list(_of(name, report.tensors))
     weighed = list(_of(name, compared(report)))
     known = [expert.loss for expert in weighed if expert.loss is not None]
+    measured = [expert.measured_loss for expert in weighed if expert.measured_loss is not None]
     return ExpertSummary(
         expert=name,
         tensors=len(present),
         norm=math.sqrt(sum(expert.norm**2 for expert in present)),
         energy_share=sum(expert.energy_share for expert in weighed) / len(weighed) if weighed else 0.0,
         loss=sum(known) / len(known) if known else None,
+        measured_loss=sum(measured) / len(measured) if measured else None,
+    )
+
+
+def _estimates(tensors: Iterable[TensorReport]) -> tuple[EstimateSummary, ...]:
+    by_kind: dict[str, list[float]] = {}
+    for tensor in tensors:
+        for expert in tensor.experts:
+            if expert.estimate_correlation is not None:
+                by_kind.setdefault(tensor.kind, []).append(expert.estimate_correlation)
+    return tuple(
+        EstimateSummary(kind=kind, matrices=len(found), correlation=sum(found) / len(found))
+        for kind, found in by_kind.items()
     )
 
 

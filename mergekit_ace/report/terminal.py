@@ -37,6 +37,8 @@ def print_summary(report: Report, console: Console) -> None:
     """Treatments, experts, the tensors of highest loss, and what to act on."""
     summary = summarize(report)
     parts = [_title(report, summary), _treatments(summary), _experts(summary, report, console)]
+    if summary.estimates:
+        parts.append(_estimates(summary, console))
     if summary.ranked:
         parts.append(_ranked(summary, report, console))
     for part in parts:
@@ -94,7 +96,17 @@ def _experts(summary: Summary, report: Report, console: Console) -> Table:
     if any(expert.loss is not None for expert in experts):
         columns.append(_Column("loss", [optional(expert.loss) for expert in experts]))
         columns.append(_Column("", [marks.get(expert.expert, "") for expert in experts], is_number=False))
+    if any(expert.measured_loss is not None for expert in experts):
+        columns.insert(-1, _Column("measured loss", [optional(expert.measured_loss) for expert in experts]))
     return _fitted("expert", [short[expert.expert] for expert in experts], columns, console)
+
+
+def _estimates(summary: Summary, console: Console) -> Table:
+    columns = [
+        _Column("correlation", [number(estimate.correlation) for estimate in summary.estimates]),
+        _Column("matrices", [str(estimate.matrices) for estimate in summary.estimates], 1),
+    ]
+    return _fitted("estimates against measured", [estimate.kind for estimate in summary.estimates], columns, console)
 
 
 def _ranked(summary: Summary, report: Report, console: Console) -> Table:

@@ -11,9 +11,9 @@ __version__ = "0.2.0"
 # Public name -> the module that holds it, imported when the name is first asked for.
 _PUBLIC = {
     "METHODS": "mergekit_ace.methods",
-    "inspect": "mergekit_ace.python",
-    "merge": "mergekit_ace.python",
-    "merge_adapters": "mergekit_ace.adapters.python",
+    "inspect": "mergekit_ace.api",
+    "merge": "mergekit_ace.api",
+    "merge_adapters": "mergekit_ace.adapters.api",
 }
 
 __all__ = ["METHODS", "__version__", "inspect", "merge", "merge_adapters", "register"]

@@ -12,11 +12,11 @@ from mergekit_ace.adapters.from_recipe import request_of
 from mergekit_ace.adapters.merge import AdapterMerge, WeightReport
 from mergekit_ace.adapters.request import Request, model_name
 from mergekit_ace.adapters.truncation import Rank
+from mergekit_ace.checks.spelling import check_keys, check_parameter_values, check_parameters
 from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.recipe.failures import READING, RecipeError, message_of
 from mergekit_ace.recipe.findings import Finding, by_severity
 from mergekit_ace.recipe.reading import read_recipe
-from mergekit_ace.recipe.spelling import check_keys, check_parameter_values, check_parameters
 
 # Below this share of an expert's own output a layer is named.
 _LITTLE = 0.5

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from mergekit_ace.adapters.truncation import Rank
+from mergekit_ace.checks.whole_recipe import Examination, check_recipe
 from mergekit_ace.cli.adapters import check_adapters, parse_rank
 from mergekit_ace.cli.help import Command
-from mergekit_ace.recipe.check import Examination, check_recipe
 
 _EXIT_STATUSES = {0: "no errors", 1: "errors (with --strict, warnings too)", 2: "the command line is wrong"}
 

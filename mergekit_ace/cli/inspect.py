@@ -14,13 +14,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from mergekit_ace.adapters.from_recipe import request_of
 from mergekit_ace.adapters.request import Request
+from mergekit_ace.checks.preflight import require_sound_inputs
 from mergekit_ace.cli.help import Command
 from mergekit_ace.factors.model import Place
 from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.patterns import select_names
 from mergekit_ace.recipe.plan import Plan, PlannedTensor, planned
-from mergekit_ace.recipe.preflight import require_sound_inputs
 from mergekit_ace.recipe.reading import read_recipe
 from mergekit_ace.report.advice import advise
 from mergekit_ace.report.as_csv import write_csv

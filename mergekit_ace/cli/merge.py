@@ -14,7 +14,9 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 import mergekit_ace
 from mergekit_ace.adapters.truncation import Rank
-from mergekit_ace.cli import watching
+from mergekit_ace.checks.devices import require_device
+from mergekit_ace.checks.preflight import require_sound_inputs
+from mergekit_ace.cli import progress
 from mergekit_ace.cli.adapters import parse_rank, write_adapter
 from mergekit_ace.cli.failures import describe, reported
 from mergekit_ace.engine.dry_run import dry_run
@@ -24,8 +26,6 @@ from mergekit_ace.engine.merging import merge as run_merge
 from mergekit_ace.engine.part import Part
 from mergekit_ace.engine.workers.staffing import Staff
 from mergekit_ace.printable import printable
-from mergekit_ace.recipe.devices import require_device
-from mergekit_ace.recipe.preflight import require_sound_inputs
 from mergekit_ace.recipe.reading import read_recipe
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -202,7 +202,7 @@ def _on_devices(options: MergeOptions) -> MergeOptions:
 
 
 def _say_plan(request: Request) -> None:
-    click.echo(watching.plan_text(dry_run(request)))
+    click.echo(progress.plan_text(dry_run(request)))
 
 
 def _run(request: Request, staff: Staff, log: Path | None) -> Outcome:
@@ -210,22 +210,22 @@ def _run(request: Request, staff: Staff, log: Path | None) -> Outcome:
     last: dict[str, Any] = {"event": "failed", "error": "stopped"}
     try:
         with contextlib.ExitStack() as stack:
-            watchers = [stack.enter_context(watching.progress_line(quiet=quiet))]
+            watchers = [stack.enter_context(progress.progress_line(quiet=quiet))]
             if log is not None:
-                watchers.append(stack.enter_context(watching.json_log(log)))
+                watchers.append(stack.enter_context(progress.json_log(log)))
 
             def watch(event: Event) -> None:
                 for watcher in watchers:
                     watcher(event)
 
             outcome = run_merge(request, staff, watch)
-        last = watching.outcome_fields(outcome)
+        last = progress.outcome_fields(outcome)
         if not quiet and log != Path("-"):
-            click.echo(watching.summary(outcome))
+            click.echo(progress.summary(outcome))
         return outcome
     except Exception as error:
         last["error"] = describe(error)
         raise
     finally:
         if log is not None:
-            watching.log_end(log, **last)
+            progress.log_end(log, **last)

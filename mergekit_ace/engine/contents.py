@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from mergekit_ace.checkpoints.headers import read_file
 from mergekit_ace.engine.shards import OutputTensor
-from mergekit_ace.recipe.headers import read_file
 
 _SHOWN = 5
 

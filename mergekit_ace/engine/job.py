@@ -14,8 +14,8 @@ from mergekit.options import MergeOptions
 from pydantic import BaseModel
 
 import mergekit_ace
-from mergekit_ace.engine.making import OnTensor, ShardMaker
 from mergekit_ace.engine.plan import MergePlan
+from mergekit_ace.engine.shard_maker import OnTensor, ShardMaker
 from mergekit_ace.recipe.plan import planned
 from mergekit_ace.recipe.reading import parse_recipe
 

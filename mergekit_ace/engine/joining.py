@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from mergekit_ace.checkpoints.fingerprint import file_digest
 from mergekit_ace.engine.contents import require_each_once, require_none
 from mergekit_ace.engine.files import CARD, retitled, write_index
 from mergekit_ace.engine.parts import CARD_NAME, FILES, TENSORS, Manifest, read_manifest
@@ -18,7 +19,6 @@ from mergekit_ace.engine.receipt import Maker
 from mergekit_ace.engine.record import write_record
 from mergekit_ace.engine.shards import OutputTensor, arranged
 from mergekit_ace.engine.tensor_file import TensorFile, layout
-from mergekit_ace.recipe.fingerprint import file_digest
 
 
 def verify(folders: Sequence[Path]) -> list[Manifest]:

@@ -12,9 +12,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
+from mergekit_ace.checkpoints.fingerprint import file_digest
 from mergekit_ace.engine.plan import MergePlan
 from mergekit_ace.engine.receipt import Receipt, write_whole
-from mergekit_ace.recipe.fingerprint import file_digest
 
 MANIFEST = "part.json"
 TENSORS = "tensors"

@@ -15,10 +15,10 @@ from mergekit.options import MergeOptions
 from pydantic import BaseModel
 
 import mergekit_ace
+from mergekit_ace.checkpoints.fingerprint import Fingerprint, describing_files, fingerprint
+from mergekit_ace.checkpoints.headers import TensorHeader
 from mergekit_ace.engine.cost import seconds
 from mergekit_ace.engine.shards import OutputTensor, Shard, default_shard_size, file_names, grouped
-from mergekit_ace.recipe.fingerprint import Fingerprint, describing_files, fingerprint
-from mergekit_ace.recipe.headers import TensorHeader
 from mergekit_ace.recipe.patterns import select_names
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
 from mergekit_ace.recipe.tensor_cost import tensor_cost

@@ -11,8 +11,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
+from mergekit_ace.checkpoints.fingerprint import Fingerprint
 from mergekit_ace.engine.shards import OutputTensor
-from mergekit_ace.recipe.fingerprint import Fingerprint
 
 
 class Notice(BaseModel, frozen=True, extra="forbid"):

@@ -10,9 +10,9 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from mergekit_ace.checkpoints.fingerprint import Fingerprint, file_digest
 from mergekit_ace.engine.plan import Merge
 from mergekit_ace.engine.receipt import write_whole
-from mergekit_ace.recipe.fingerprint import Fingerprint, file_digest
 
 RECORD = "mergekit-ace.json"
 

@@ -18,10 +18,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from mergekit_ace.checkpoints.fingerprint import file_digest
+from mergekit_ace.checkpoints.headers import safetensors_name
 from mergekit_ace.engine.receipt import temporary_name
 from mergekit_ace.engine.shards import OutputTensor
-from mergekit_ace.recipe.fingerprint import file_digest
-from mergekit_ace.recipe.headers import safetensors_name
 
 _ALIGNMENT = 8
 _PIECE = 1 << 24

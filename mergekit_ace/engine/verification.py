@@ -16,13 +16,13 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
+from mergekit_ace.checkpoints.fingerprint import file_digest
 from mergekit_ace.engine import joining, parts
 from mergekit_ace.engine.architecture import Expected, expected_tensors
 from mergekit_ace.engine.contents import contents
 from mergekit_ace.engine.record import RECORD, Record
 from mergekit_ace.engine.shards import OutputTensor
 from mergekit_ace.recipe.failures import READING, message_of
-from mergekit_ace.recipe.fingerprint import file_digest
 
 _WEIGHTS = re.compile(r"^(?:model|pytorch_model)(?:-(\d+)-of-(\d+))?\.(?:safetensors|bin)$")
 _SHOWN = 3

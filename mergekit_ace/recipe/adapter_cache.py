@@ -19,8 +19,8 @@ from mergekit.common import ModelPath, ModelReference
 from mergekit.io import ShardedTensorIndex
 from mergekit.options import MergeOptions
 
+from mergekit_ace.checkpoints.fingerprint import file_digest, fingerprint
 from mergekit_ace.mergekit_internals import adapter_entry_name
-from mergekit_ace.recipe.fingerprint import file_digest, fingerprint
 from mergekit_ace.staging import staged
 
 LOG = logging.getLogger("mergekit_ace")

@@ -11,6 +11,7 @@ from mergekit.common import ModelReference, dtype_from_name
 from mergekit.merge_methods import MergeMethod
 from mergekit.merge_methods.base import OptionalTensorPolicy
 
+from mergekit_ace.checkpoints.headers import TensorHeader, find_header
 from mergekit_ace.mergekit_internals import (
     ExecuteMergeMethodTask,
     GatherTensors,
@@ -21,7 +22,6 @@ from mergekit_ace.mergekit_internals import (
     TruncatedVocabulary,
     convert_checkpoint_tensors,
 )
-from mergekit_ace.recipe.headers import TensorHeader, find_header
 
 if TYPE_CHECKING:
     from mergekit_ace.recipe.plan import Plan

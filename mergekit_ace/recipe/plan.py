@@ -22,6 +22,9 @@ from mergekit.merge_methods.registry import get as method_named
 from mergekit.options import MergeOptions
 from torch import Tensor
 
+from mergekit_ace.checkpoints.headers import TensorHeader, find_header, read_headers
+from mergekit_ace.checkpoints.hub import hub_model
+from mergekit_ace.checkpoints.sources import is_on_hub, model_headers
 from mergekit_ace.mergekit_internals import (
     BuildTokenizer,
     ConfiguredModuleArchitecture,
@@ -43,11 +46,8 @@ from mergekit_ace.mergekit_internals import (
 )
 from mergekit_ace.recipe.adapter_cache import merged_adapter
 from mergekit_ace.recipe.failures import RecipeError, message_of
-from mergekit_ace.recipe.headers import TensorHeader, find_header, read_headers
-from mergekit_ace.recipe.hub import hub_model
 from mergekit_ace.recipe.output_shape import output_header
 from mergekit_ace.recipe.reading import Recipe
-from mergekit_ace.recipe.sources import is_on_hub, model_headers
 from mergekit_ace.recipe.tokenizer import numbered_tokenizer
 
 

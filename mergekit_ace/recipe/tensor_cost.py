@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from mergekit.common import dtype_from_name
 
+from mergekit_ace.checkpoints.headers import TensorHeader
 from mergekit_ace.linalg.precision import working_dtype
 from mergekit_ace.matrix.workload import averaging_bytes, working_numbers
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.recipe.arithmetic import Arithmetic, arithmetic_of
-from mergekit_ace.recipe.headers import TensorHeader
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
 
 

@@ -96,7 +96,7 @@ def test_an_input_that_a_node_sees_otherwise_is_named(recipe_file: Path, tmp_pat
 
     (tmp_path / "nonce").write_text("nonce")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    from mergekit_ace.recipe.fingerprint import fingerprint
+    from mergekit_ace.checkpoints.fingerprint import fingerprint
 
     inputs = {"model/model.safetensors": fingerprint(tmp_path / "model.safetensors")}
     job = Job.model_construct(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mergekit_ace.engine.making import ShardMaker
 from mergekit_ace.engine.receipt import Receipt
+from mergekit_ace.engine.shard_maker import ShardMaker
 from mergekit_ace.engine.shards import Shard
 from tests.checkpoints import edit_tensors, make_suite
 from tests.cli.conftest import Invoke

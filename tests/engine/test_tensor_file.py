@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mergekit_ace.engine.pickle import Pickle
+from mergekit_ace.engine.pickle_file import Pickle
 from mergekit_ace.engine.shards import OutputTensor
 from mergekit_ace.engine.tensor_file import TensorFile, described, header, layout
 

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mergekit_ace"
 ORDER = (
     *("linalg", "matrix", "unreadable", "policy", "printable", "quantization", "moments", "factors"),
-    *("mergekit_internals", "staging", "methods", "registration", "__init__", "autoload", "environment"),
-    *("recipe", "collecting", "adapters", "engine", "report", "python", "cli", "__main__"),
+    *("mergekit_internals", "staging", "checkpoints", "methods", "registration", "__init__", "autoload", "environment"),
+    *("recipe", "checks", "collecting", "adapters", "engine", "report", "api", "cli", "__main__"),
 )
 """Lowest first."""
 LOWER_THAN_METHODS = ("linalg", "matrix", "policy", "printable", "moments", "factors", "unreadable")

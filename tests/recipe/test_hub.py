@@ -16,10 +16,10 @@ from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetada
 from mergekit.common import ModelPath
 from mergekit.config import MergeConfiguration
 
-from mergekit_ace.recipe.files import check_files
+from mergekit_ace.checkpoints.hub import HubModel, hub_json, hub_model
+from mergekit_ace.checks.files import check_files
+from mergekit_ace.checks.quantized import quantized
 from mergekit_ace.recipe.findings import Finding
-from mergekit_ace.recipe.hub import HubModel, hub_json, hub_model
-from mergekit_ace.recipe.quantized import quantized
 from mergekit_ace.recipe.reading import Recipe
 from tests.checkpoints import Family, Suite, Update, make_suite
 from tests.checkpoints.decoders import TABLES

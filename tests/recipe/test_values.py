@@ -7,9 +7,9 @@ import pytest
 from click.testing import CliRunner
 from mergekit.options import MergeOptions
 
+from mergekit_ace.checks import whole_recipe as checking
+from mergekit_ace.checks.whole_recipe import check_recipe
 from mergekit_ace.cli import main
-from mergekit_ace.recipe import check as checking
-from mergekit_ace.recipe.check import check_recipe
 from mergekit_ace.recipe.findings import Level
 from tests.report.recipes import write
 

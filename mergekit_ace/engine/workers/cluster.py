@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mergekit_ace.checkpoints.fingerprint import fingerprint
 from mergekit_ace.engine.events import TensorMade
 from mergekit_ace.engine.job import Job, opened
 from mergekit_ace.engine.merging import Site
@@ -22,7 +23,6 @@ from mergekit_ace.engine.receipt import Receipt, write_whole
 from mergekit_ace.engine.shards import Shard
 from mergekit_ace.engine.workers.processes import WorkerError
 from mergekit_ace.recipe.failures import message_of
-from mergekit_ace.recipe.fingerprint import fingerprint
 
 LOCAL = "local"
 """The address of a cluster that is to be started on this machine."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
-from mergekit_ace.engine.making import ShardMaker
 from mergekit_ace.engine.receipt import Receipt
+from mergekit_ace.engine.shard_maker import ShardMaker
 from mergekit_ace.engine.shards import Shard
 
 

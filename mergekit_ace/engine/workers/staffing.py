@@ -13,9 +13,9 @@ import torch
 
 from mergekit_ace.engine.events import TensorMade
 from mergekit_ace.engine.job import Job
-from mergekit_ace.engine.making import OnTensor, ShardMaker
 from mergekit_ace.engine.merging import Site
 from mergekit_ace.engine.plan import input_files
+from mergekit_ace.engine.shard_maker import OnTensor, ShardMaker
 from mergekit_ace.engine.workers.inline import Inline
 from mergekit_ace.engine.workers.processes import Processes
 from mergekit_ace.engine.workers.protocol import Workers

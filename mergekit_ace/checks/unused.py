@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from mergekit.common import ModelReference
 
+from mergekit_ace.checkpoints.headers import TensorHeader
 from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.findings import Finding
-from mergekit_ace.recipe.headers import TensorHeader
 from mergekit_ace.recipe.plan import Plan
 
 _MOST_NAMES = 8

@@ -12,11 +12,11 @@ import torch
 from mergekit.common import dtype_from_name
 from rich.filesize import decimal
 
+from mergekit_ace.checkpoints.headers import TensorHeader
+from mergekit_ace.checks.devices import missing_device
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.recipe.arithmetic import Arithmetic
-from mergekit_ace.recipe.devices import missing_device
 from mergekit_ace.recipe.findings import Finding
-from mergekit_ace.recipe.headers import TensorHeader
 from mergekit_ace.recipe.plan import Plan
 from mergekit_ace.recipe.tensor_cost import TensorCost, tensor_cost
 

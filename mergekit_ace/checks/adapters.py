@@ -9,11 +9,11 @@ from pathlib import Path
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
+from mergekit_ace.checkpoints.sources import read_json
+from mergekit_ace.checks.adapter_fit import check_fit
 from mergekit_ace.mergekit_internals import in_recipe_order
-from mergekit_ace.recipe.adapter_fit import check_fit
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.reading import Recipe
-from mergekit_ace.recipe.sources import read_json
 
 # Adapters trained on a quantized base name it; they are put on the base that it was quantized from.
 _QUANTIZED_NAME = re.compile(r"(?:^|[-_.])(?:bnb|4-?bit|8-?bit|int4|int8|nf4|fp4|fp8|gptq|awq|q4|q8)(?:[-_.]|$)", re.I)

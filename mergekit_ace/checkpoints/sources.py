@@ -9,8 +9,8 @@ from typing import Any
 
 from mergekit.common import ModelPath
 
-from mergekit_ace.recipe.headers import TensorHeader, read_file, read_folder
-from mergekit_ace.recipe.hub import hub_json, hub_model
+from mergekit_ace.checkpoints.headers import TensorHeader, read_file, read_folder
+from mergekit_ace.checkpoints.hub import hub_json, hub_model
 
 
 def is_local(source: ModelPath) -> bool:

@@ -20,9 +20,9 @@ from mergekit.options import MergeOptions
 from peft.utils.save_and_load import set_peft_model_state_dict
 from safetensors import safe_open
 
+from mergekit_ace.checkpoints.headers import TensorHeader, read_file
 from mergekit_ace.recipe.failures import READING
 from mergekit_ace.recipe.findings import Finding
-from mergekit_ace.recipe.headers import TensorHeader, read_file
 
 _MOST_NAMES = 3
 _NOT_MERGED = ("ADAPTION_PROMPT",)

@@ -8,10 +8,10 @@ from typing import Any
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
+from mergekit_ace.checkpoints.sources import read_json
 from mergekit_ace.mergekit_internals import in_recipe_order
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.reading import Recipe
-from mergekit_ace.recipe.sources import read_json
 
 # Configuration entries that make two models different functions of the same weights, or of none.
 _SHAPES = (

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mergekit_ace.recipe.check import Examination, check_recipe
+from mergekit_ace.checks.whole_recipe import Examination, check_recipe
 from mergekit_ace.recipe.findings import Level
 from tests.commands import mergekit_pytorch
 from tests.report.recipes import write

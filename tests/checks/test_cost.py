@@ -2,9 +2,9 @@
 
 import pytest
 
+from mergekit_ace.checks.cost import per_cube
 from mergekit_ace.methods.catalogue import METHODS
 from mergekit_ace.recipe.arithmetic import Arithmetic, arithmetic_of
-from mergekit_ace.recipe.cost import per_cube
 
 BY_NAME = {method.name: method for method in METHODS}
 M, N, T = 48, 64, 3

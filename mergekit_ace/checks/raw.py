@@ -11,13 +11,13 @@ import torch
 from mergekit.common import ModelPath, dtype_from_name
 from safetensors import safe_open
 
-from mergekit_ace.recipe.buffers import agree, differing_buffers
+from mergekit_ace.checkpoints.headers import TensorHeader, read_file
+from mergekit_ace.checks.buffers import agree, differing_buffers
+from mergekit_ace.checks.files import check_file_of_tensors
+from mergekit_ace.checks.prefixes import renamed_remedy
+from mergekit_ace.checks.quantized import quantized
 from mergekit_ace.recipe.failures import READING
-from mergekit_ace.recipe.files import check_file_of_tensors
 from mergekit_ace.recipe.findings import Finding
-from mergekit_ace.recipe.headers import TensorHeader, read_file
-from mergekit_ace.recipe.prefixes import renamed_remedy
-from mergekit_ace.recipe.quantized import quantized
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _KEYS = ("merge_method", "models", "parameters", "dtype", "base_model", "out_dtype")

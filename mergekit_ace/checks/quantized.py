@@ -7,6 +7,8 @@ from pathlib import Path
 
 from mergekit.common import ModelPath
 
+from mergekit_ace.checkpoints.headers import TensorHeader
+from mergekit_ace.checkpoints.sources import model_headers, read_json
 from mergekit_ace.mergekit_internals import in_recipe_order
 from mergekit_ace.quantization import (
     CONFIGURATION_FILES,
@@ -17,9 +19,7 @@ from mergekit_ace.quantization import (
 )
 from mergekit_ace.recipe.failures import READING
 from mergekit_ace.recipe.findings import Finding
-from mergekit_ace.recipe.headers import TensorHeader
 from mergekit_ace.recipe.reading import Recipe
-from mergekit_ace.recipe.sources import model_headers, read_json
 
 
 def check_quantization(recipe: Recipe) -> Iterator[Finding]:

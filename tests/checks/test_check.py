@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
+from mergekit_ace.checks.whole_recipe import Examination, check_recipe
 from mergekit_ace.cli import main
-from mergekit_ace.recipe.check import Examination, check_recipe
 from mergekit_ace.recipe.findings import Level
 from tests.checkpoints import Suite, Update, add_adapter, edit_tensors, make_suite, save_tokenizer
 from tests.report.recipes import document, write

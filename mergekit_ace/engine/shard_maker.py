@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.trainer_utils import set_seed
 
-from mergekit_ace.engine.pickle import Pickle
+from mergekit_ace.engine.pickle_file import Pickle
 from mergekit_ace.engine.plan import MergePlan
 from mergekit_ace.engine.reading import ReadingAhead
 from mergekit_ace.engine.receipt import Maker, Notice, Receipt

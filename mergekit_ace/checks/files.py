@@ -8,14 +8,14 @@ from pathlib import Path
 
 from mergekit.common import ModelPath, ModelReference
 
+from mergekit_ace.checkpoints.headers import read_file, read_folder
+from mergekit_ace.checkpoints.hub import hub_model
+from mergekit_ace.checkpoints.pointers import pointer_words
+from mergekit_ace.checkpoints.sources import looks_local
 from mergekit_ace.mergekit_internals import in_recipe_order
 from mergekit_ace.recipe.failures import READING, message_of
 from mergekit_ace.recipe.findings import Finding
-from mergekit_ace.recipe.headers import read_file, read_folder
-from mergekit_ace.recipe.hub import hub_model
-from mergekit_ace.recipe.pointers import pointer_words
 from mergekit_ace.recipe.reading import Recipe
-from mergekit_ace.recipe.sources import looks_local
 
 # What a merge reads beside weights, and copies into its output unread.
 _SMALL_FILES = (

@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mergekit_ace import __version__, register
-from mergekit_ace.engine.making import ShardMaker
+from mergekit_ace.checks.preflight import require_sound_inputs
 from mergekit_ace.engine.merging import Request, Site
 from mergekit_ace.engine.merging import merge as write_merge
+from mergekit_ace.engine.shard_maker import ShardMaker
 from mergekit_ace.engine.workers.inline import Inline
 from mergekit_ace.mergekit_internals import align_dtype, bound_parameters
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.recipe.plan import Inputs, planned
-from mergekit_ace.recipe.preflight import require_sound_inputs
 from mergekit_ace.recipe.reading import Recipe, parse_recipe, read_recipe
 from mergekit_ace.recipe.values import check_method
 from mergekit_ace.report.inspection import assemble, inspect_inputs, inspect_tensors

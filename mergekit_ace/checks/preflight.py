@@ -7,15 +7,15 @@ from dataclasses import replace
 
 from mergekit.options import MergeOptions
 
-from mergekit_ace.recipe.adapter_fit import check_fit
-from mergekit_ace.recipe.devices import require_device
+from mergekit_ace.checks.adapter_fit import check_fit
+from mergekit_ace.checks.devices import require_device
+from mergekit_ace.checks.files import check_files
+from mergekit_ace.checks.quantized import check_quantization
+from mergekit_ace.checks.spelling import check_keys, check_parameters
 from mergekit_ace.recipe.failures import RecipeError
-from mergekit_ace.recipe.files import check_files
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.paths import check_paths
-from mergekit_ace.recipe.quantized import check_quantization
 from mergekit_ace.recipe.reading import Recipe
-from mergekit_ace.recipe.spelling import check_keys, check_parameters
 
 
 def require_sound_inputs(recipe: Recipe, options: MergeOptions, *, strict: bool = False) -> Sequence[Finding]:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from mergekit.common import ModelPath
 
+from mergekit_ace.checkpoints.sources import read_json
 from mergekit_ace.mergekit_internals import in_recipe_order
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.plan import Plan
 from mergekit_ace.recipe.reading import Recipe
-from mergekit_ace.recipe.sources import read_json
 
 
 def check_tokenizers(recipe: Recipe) -> Iterator[Finding]:

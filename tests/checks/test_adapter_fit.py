@@ -15,8 +15,8 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from mergekit_ace.checks.adapter_fit import check_fit
 from mergekit_ace.cli import main
-from mergekit_ace.recipe.adapter_fit import check_fit
 from mergekit_ace.recipe.findings import Finding
 from tests.checkpoints import Suite, Update, add_adapter, edit_tensors, make_suite
 from tests.report.recipes import document, write

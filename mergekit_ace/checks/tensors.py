@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from mergekit.common import ModelReference, dtype_from_name
 
+from mergekit_ace.checks.prefixes import renamed_remedy
 from mergekit_ace.methods.advice import table_merged_as_matrix
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.policy import is_embedding
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
-from mergekit_ace.recipe.prefixes import renamed_remedy
 
 _CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = re.compile(r"\.(?:c_attn|q_attn|c_proj|c_fc)\.weight$")

@@ -20,7 +20,7 @@ from mergekit.common import ModelPath
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from mergekit.io.lazy_tensor_loader import ShardInfo
 
-from mergekit_ace.recipe.headers import TensorHeader, header_of
+from mergekit_ace.checkpoints.headers import TensorHeader, header_of
 
 State = Literal["read", "absent", "no safetensors", "unreachable"]
 

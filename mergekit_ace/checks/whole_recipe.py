@@ -9,31 +9,31 @@ from typing import Any
 
 from mergekit.options import MergeOptions
 
+from mergekit_ace.checkpoints.hub import hub_model
+from mergekit_ace.checkpoints.sources import is_local, is_on_hub
+from mergekit_ace.checks.adapters import check_adapters
+from mergekit_ace.checks.buffers import check_buffers
+from mergekit_ace.checks.configurations import check_configurations
+from mergekit_ace.checks.cost import Cost, check_cost, estimate
+from mergekit_ace.checks.devices import check_device
+from mergekit_ace.checks.files import check_files
+from mergekit_ace.checks.kinship import check_kinship
+from mergekit_ace.checks.layers import check_layers
+from mergekit_ace.checks.measured import check_moments
+from mergekit_ace.checks.quantized import check_quantization
+from mergekit_ace.checks.raw import check_raw, is_raw
+from mergekit_ace.checks.spelling import check_filters, check_keys, check_parameter_values, check_parameters
+from mergekit_ace.checks.tensors import check_precision, check_tensors, check_treatments
+from mergekit_ace.checks.unused import check_unused
+from mergekit_ace.checks.vocabularies import check_chat_template, check_ends, check_padding, check_tokenizers
+from mergekit_ace.checks.weights import check_weights
 from mergekit_ace.mergekit_internals import architecture_is_inferred, in_recipe_order
-from mergekit_ace.recipe.adapters import check_adapters
-from mergekit_ace.recipe.buffers import check_buffers
-from mergekit_ace.recipe.configurations import check_configurations
-from mergekit_ace.recipe.cost import Cost, check_cost, estimate
-from mergekit_ace.recipe.devices import check_device
 from mergekit_ace.recipe.failures import RecipeError
-from mergekit_ace.recipe.files import check_files
 from mergekit_ace.recipe.findings import Finding, by_severity
-from mergekit_ace.recipe.hub import hub_model
-from mergekit_ace.recipe.kinship import check_kinship
-from mergekit_ace.recipe.layers import check_layers
-from mergekit_ace.recipe.measured import check_moments
 from mergekit_ace.recipe.paths import check_paths
 from mergekit_ace.recipe.plan import Plan, planned
-from mergekit_ace.recipe.quantized import check_quantization
-from mergekit_ace.recipe.raw import check_raw, is_raw
 from mergekit_ace.recipe.reading import Recipe, parse_document, read_text, understood
-from mergekit_ace.recipe.sources import is_local, is_on_hub
-from mergekit_ace.recipe.spelling import check_filters, check_keys, check_parameter_values, check_parameters
-from mergekit_ace.recipe.tensors import check_precision, check_tensors, check_treatments
-from mergekit_ace.recipe.unused import check_unused
 from mergekit_ace.recipe.values import check_method, check_values
-from mergekit_ace.recipe.vocabularies import check_chat_template, check_ends, check_padding, check_tokenizers
-from mergekit_ace.recipe.weights import check_weights
 
 _UNDEFINED = Finding(
     level="hint",

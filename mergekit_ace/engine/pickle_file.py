@@ -10,9 +10,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from mergekit_ace.checkpoints.fingerprint import file_digest
 from mergekit_ace.engine.receipt import temporary_name
 from mergekit_ace.engine.shards import OutputTensor
-from mergekit_ace.recipe.fingerprint import file_digest
 
 
 class Pickle:

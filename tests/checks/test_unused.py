@@ -9,8 +9,8 @@ import torch
 from click.testing import CliRunner, Result
 from mergekit.options import MergeOptions
 
+from mergekit_ace.checks.whole_recipe import check_recipe
 from mergekit_ace.cli import main
-from mergekit_ace.recipe.check import check_recipe
 from mergekit_ace.recipe.findings import Finding
 from tests.checkpoints import Suite, Update, add_adapter, edit_tensors, make_suite, read_tensors
 from tests.report.recipes import document, write

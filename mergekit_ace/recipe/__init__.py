@@ -1,1 +1,1 @@
-"""A recipe as it is read and planned: each output tensor, its inputs and parameters. `plan` alone knows mergekit's tasks."""
+"""A recipe as it is read and planned: each output tensor, its inputs and parameters; `plan` knows mergekit's tasks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,18 +19,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mergekit_ace import __version__, register
-from mergekit_ace.checks.preflight import require_sound_inputs
+from mergekit_ace.checks.preflight import require_sound_inputs, require_sound_plan
 from mergekit_ace.engine.merging import Request, Site
 from mergekit_ace.engine.merging import merge as write_merge
 from mergekit_ace.engine.shard_maker import ShardMaker
 from mergekit_ace.engine.workers.inline import Inline
 from mergekit_ace.mergekit_internals import align_dtype, bound_parameters
 from mergekit_ace.methods.layerwise import LayerwiseMethod
+from mergekit_ace.printable import printable
 from mergekit_ace.recipe.plan import Inputs, planned
 from mergekit_ace.recipe.reading import Recipe, parse_recipe, read_recipe
 from mergekit_ace.recipe.values import check_method
 from mergekit_ace.report.inspection import assemble, inspect_inputs, inspect_tensors
 from mergekit_ace.report.model import Mode, Report, TensorReport
+
+LOG = logging.getLogger("mergekit_ace")
 
 Model = str | Path | Mapping[str, Tensor] | torch.nn.Module
 """A folder or a name on the hub, a state dict, or a live model."""
@@ -186,7 +190,7 @@ def _as_recipe(
 
 
 def _merge_folders(recipe: Recipe, out: str | Path | None, overwrite: bool, options: MergeOptions) -> Merged:
-    require_sound_inputs(recipe, options)
+    _require_sound(recipe, options)
     folder = None if out is None else Path(out)
     if folder is not None:
         write_merge(Request(recipe=recipe, options=options, out=folder, overwrite=overwrite, resume=False), _employ)
@@ -197,6 +201,7 @@ def _merge_folders(recipe: Recipe, out: str | Path | None, overwrite: bool, opti
                 name: part for file in sorted(folder.glob("*.safetensors")) for name, part in load_file(file).items()
             }
         with planned(recipe, options) as plan:
+            require_sound_plan(plan)
             merged = ((tensor.name, tensor.merge(tensor.gather())) for tensor in plan.tensors)
             return {name: tensor for name, tensor in merged if tensor is not None}
 
@@ -211,9 +216,15 @@ def _employ(site: Site) -> Iterator[Inline]:
     yield Inline(ShardMaker(site.plan, site.work, site.folder))
 
 
+def _require_sound(recipe: Recipe, options: MergeOptions) -> None:
+    for finding in require_sound_inputs(recipe, options):
+        LOG.warning("%s. %s", printable(finding.what), finding.remedy)
+
+
 def _inspect_folders(recipe: Recipe, mode: Mode, options: MergeOptions) -> Report:
-    require_sound_inputs(recipe, options)
+    _require_sound(recipe, options)
     with planned(recipe, options) as plan:
+        require_sound_plan(plan, complete=False)
         return assemble(plan, inspect_tensors(plan, plan.tensors, mode), mode)
 
 

@@ -12,7 +12,8 @@ from mergekit_ace.adapters.from_recipe import request_of
 from mergekit_ace.adapters.merge import AdapterMerge, WeightReport
 from mergekit_ace.adapters.request import Request, model_name
 from mergekit_ace.adapters.truncation import Rank
-from mergekit_ace.checks.spelling import check_keys, check_parameter_values, check_parameters
+from mergekit_ace.checks.duplicates import check_duplicates
+from mergekit_ace.checks.spelling import check_keys, check_parameters
 from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.recipe.failures import READING, RecipeError, message_of
 from mergekit_ace.recipe.findings import Finding, by_severity
@@ -82,7 +83,7 @@ def examine_adapters(file: Path, options: MergeOptions | None = None, *, rank: R
     except RecipeError as error:
         return _stopped([], str(error))
     findings = [
-        *check_parameter_values(recipe.document),
+        *check_duplicates(recipe.text),
         *check_keys(recipe.document),
         *check_parameters(recipe.document),
     ]

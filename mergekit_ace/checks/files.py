@@ -45,6 +45,9 @@ def check_files(recipe: Recipe) -> Iterator[Finding]:
         if model.lora is not None and model.lora not in seen:
             seen.add(model.lora)
             yield from _check_adapter(model)
+    source = _tokenizer_source(recipe)
+    if source is not None and source not in seen:
+        yield from _check_tokenizer(source)
 
 
 def check_file_of_tensors(file: Path) -> Iterator[Finding]:
@@ -74,6 +77,25 @@ def _check_model(model: ModelReference) -> Iterator[Finding]:
         )
     else:
         yield from _check_hub(model.model)
+
+
+def _tokenizer_source(recipe: Recipe) -> ModelPath | None:
+    """The model that a recipe takes its tokenizer from by name; None where it says base or union, or nothing."""
+    config = recipe.config
+    source = config.tokenizer.source if config.tokenizer is not None else config.tokenizer_source
+    return source.model if isinstance(source, ModelReference) else None
+
+
+def _check_tokenizer(source: ModelPath) -> Iterator[Finding]:
+    folder = Path(source.path)
+    if looks_local(source.path) and not folder.is_dir():
+        yield Finding(
+            level="error",
+            what=f"the tokenizer's source {folder} must be a folder; there is none",
+            remedy="Check its path, or write base or union.",
+        )
+    elif not folder.exists() and hub_model(source).state in ("absent", "unreachable"):
+        yield from _check_hub(source)
 
 
 def _check_hub(source: ModelPath) -> Iterator[Finding]:

@@ -23,7 +23,7 @@ _MOST_NAMES = 3
 
 def check_tensors(plan: Plan) -> Iterator[Finding]:
     """Tensors that a model does not have, or has in another shape than the base."""
-    missing: dict[ModelReference, list[str]] = defaultdict(list)
+    yield from check_missing(plan)
     misshapen: dict[ModelReference, list[str]] = defaultdict(list)
     vocabulary: dict[ModelReference, list[str]] = defaultdict(list)
     aligned = plan.recipe.config.tokenizer is not None or plan.recipe.config.tokenizer_source is not None
@@ -31,19 +31,12 @@ def check_tensors(plan: Plan) -> Iterator[Finding]:
         base = tensor.header(tensor.base) if tensor.base and tensor.reads(tensor.base) else None
         for model in (*([tensor.base] if tensor.base and tensor.reads(tensor.base) else []), *tensor.experts):
             header = tensor.header(model)
-            if header is None:
-                if not tensor.optional and not tensor.is_converted(model):
-                    missing[model].append(tensor.input_name(model))
-                continue
-            if base is None or header.shape == base.shape:
+            if header is None or base is None or header.shape == base.shape:
                 continue
             if tensor.vocabulary_axis is None:
                 misshapen[model].append(f"{tensor.name} {header.shape} for {base.shape}")
             elif not aligned and not plan.options.unsafe_truncate_embeddings:
                 vocabulary[model].append(f"{tensor.name} {header.shape} for {base.shape}")
-    for model, names in missing.items():
-        why, remedy = renamed_remedy(names, plan.headers(model)) or ("", "Complete the checkpoint.")
-        yield Finding(level="error", what=f"{model} lacks {_some(names)}" + (f": {why}" if why else ""), remedy=remedy)
     for model, names in misshapen.items():
         yield Finding(
             level="error",
@@ -56,6 +49,36 @@ def check_tensors(plan: Plan) -> Iterator[Finding]:
             what=f"{model} has a vocabulary of another size than the base: {_some(names)}",
             remedy="Align them: tokenizer: {source: base}, or {source: union} to keep every token.",
         )
+
+
+def check_missing(plan: Plan) -> Iterator[Finding]:
+    """Tensors of the architecture that a model does not have, or has under a longer name."""
+    for model, names in _missing(plan):
+        why, remedy = renamed_remedy(names, plan.headers(model)) or ("", "Complete the checkpoint.")
+        what = f"{model} lacks {_some(names)}" + (f": {why}" if why else "")
+        yield Finding(level="error", what=what, remedy=remedy)
+
+
+def check_names(plan: Plan) -> Iterator[Finding]:
+    """Models that have their tensors under longer names."""
+    for model, names in _missing(plan):
+        if renamed := renamed_remedy(names, plan.headers(model)):
+            yield Finding(level="error", what=f"{model} lacks {_some(names)}: {renamed[0]}", remedy=renamed[1])
+
+
+def _missing(plan: Plan) -> Iterator[tuple[ModelReference, Sequence[str]]]:
+    """The models that lack tensors, and the names under which mergekit looks for them."""
+    for model in plan.models:
+        names = [
+            tensor.input_name(model)
+            for tensor in plan.tensors
+            if tensor.reads(model)
+            and not tensor.optional
+            and tensor.header(model) is None
+            and not tensor.is_converted(model)
+        ]
+        if names:
+            yield model, names
 
 
 def check_precision(plan: Plan) -> Iterator[Finding]:

@@ -16,13 +16,15 @@ from mergekit_ace.checks.buffers import check_buffers
 from mergekit_ace.checks.configurations import check_configurations
 from mergekit_ace.checks.cost import Cost, check_cost, estimate
 from mergekit_ace.checks.devices import check_device
+from mergekit_ace.checks.duplicates import check_duplicates
 from mergekit_ace.checks.files import check_files
+from mergekit_ace.checks.filters import check_filters
 from mergekit_ace.checks.kinship import check_kinship
 from mergekit_ace.checks.layers import check_layers
 from mergekit_ace.checks.measured import check_moments
 from mergekit_ace.checks.quantized import check_quantization
 from mergekit_ace.checks.raw import check_raw, is_raw
-from mergekit_ace.checks.spelling import check_filters, check_keys, check_parameter_values, check_parameters
+from mergekit_ace.checks.spelling import check_keys, check_parameters
 from mergekit_ace.checks.tensors import check_precision, check_tensors, check_treatments
 from mergekit_ace.checks.unused import check_unused
 from mergekit_ace.checks.vocabularies import check_chat_template, check_ends, check_padding, check_tokenizers
@@ -30,6 +32,7 @@ from mergekit_ace.checks.weights import check_weights
 from mergekit_ace.mergekit_internals import architecture_is_inferred, in_recipe_order
 from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.findings import Finding, by_severity
+from mergekit_ace.recipe.parameter_values import check_parameter_values
 from mergekit_ace.recipe.paths import check_paths
 from mergekit_ace.recipe.plan import Plan, planned
 from mergekit_ace.recipe.reading import Recipe, parse_document, read_text, understood
@@ -80,7 +83,7 @@ def check_recipe(file: Path, options: MergeOptions | None = None) -> Examination
         document = parse_document(text, file)
     except RecipeError as error:
         return Examination(findings=(_unplannable(error),), cost=None)
-    stopping = list(_stopping(document))
+    stopping = [*check_duplicates(text), *_stopping(document)]
     if is_raw(document):
         findings = [*stopping, *check_parameters(document), *check_raw(document)]
         return Examination(findings=by_severity(findings), cost=None)

@@ -14,11 +14,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from mergekit_ace.adapters.from_recipe import request_of
 from mergekit_ace.adapters.request import Request
-from mergekit_ace.checks.preflight import require_sound_inputs
+from mergekit_ace.checks.preflight import check_unread, require_sound_inputs, require_sound_plan
 from mergekit_ace.cli.help import Command
 from mergekit_ace.factors.model import Place
 from mergekit_ace.factors.tensors import AdapterError
+from mergekit_ace.printable import printable
 from mergekit_ace.recipe.failures import RecipeError
+from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.patterns import select_names
 from mergekit_ace.recipe.plan import Plan, PlannedTensor, planned
 from mergekit_ace.recipe.reading import read_recipe
@@ -108,23 +110,28 @@ def inspect(
     merge_options.apply_global_options()  # type: ignore[no-untyped-call]
     mode: Mode = "fast" if fast else "full"
     drawn = bool(html_file or png_folder)
+    warnings: Sequence[Finding] = ()
     try:
         recipe = read_recipe(config_file)
         if adapter:
+            warnings = list(check_unread(recipe))
             request = request_of(recipe.config, merge_options)
             places = _choose(
                 list(request.places.values()), _of_each_type, patterns, per_type, spectra_patterns, drawn=drawn
             )
             report = _measure_adapters(request, recipe.name, places, mode)
         else:
-            require_sound_inputs(recipe, merge_options)
+            warnings = require_sound_inputs(recipe, merge_options)
             with planned(recipe, merge_options) as plan:
+                require_sound_plan(plan, complete=False)
                 chosen = _choose(plan.tensors, spectra_of_each_type, patterns, per_type, spectra_patterns, drawn=drawn)
                 report = _measure(plan, chosen, mode, quiet=merge_options.quiet)
     except (RecipeError, AdapterError) as error:
         raise click.ClickException(str(error)) from error
     _write(report, json_file, csv_file, html_file, png_folder)
     _show(report)
+    for finding in warnings:
+        click.echo(printable(f"{finding.level}: {finding.what}\n    {finding.remedy}"), err=True)
     if not report.complete:
         raise click.exceptions.Exit(_INTERRUPTED)
     if any(finding.level == "error" for finding in advise(report)):

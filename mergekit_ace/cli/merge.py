@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 import mergekit_ace
 from mergekit_ace.adapters.truncation import Rank
 from mergekit_ace.checks.devices import require_device
-from mergekit_ace.checks.preflight import require_sound_inputs
+from mergekit_ace.checks.preflight import check_unread, require_sound_inputs
 from mergekit_ace.cli import progress
 from mergekit_ace.cli.adapters import parse_rank, write_adapter
 from mergekit_ace.cli.failures import describe, reported
@@ -26,6 +26,7 @@ from mergekit_ace.engine.merging import merge as run_merge
 from mergekit_ace.engine.part import Part
 from mergekit_ace.engine.workers.staffing import Staff
 from mergekit_ace.printable import printable
+from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.reading import read_recipe
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -170,6 +171,7 @@ def merge(
         recipe = read_recipe(config_file)
         if adapter:
             write_adapter(recipe.config, config_file, out_path, options, rank=rank, overwrite=overwrite)
+            _say(check_unread(recipe))
             return
         warnings = require_sound_inputs(recipe, options, strict=strict)
         request = Request(
@@ -189,8 +191,12 @@ def merge(
             return
         share: int | Literal["auto"] = "auto" if merge_options.multi_gpu or ray is not None else 1
         outcome = _run(request, Staff(workers=workers or share, memory=memory, ray=ray), log_json)
-        for finding in (*warnings, *outcome.lost):
-            click.echo(printable(f"{finding.level}: {finding.what}\n    {finding.remedy}"), err=True)
+        _say((*warnings, *outcome.lost))
+
+
+def _say(findings: Iterable[Finding]) -> None:
+    for finding in findings:
+        click.echo(printable(f"{finding.level}: {finding.what}\n    {finding.remedy}"), err=True)
 
 
 def _on_devices(options: MergeOptions) -> MergeOptions:

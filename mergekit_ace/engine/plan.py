@@ -17,6 +17,7 @@ from pydantic import BaseModel
 import mergekit_ace
 from mergekit_ace.checkpoints.fingerprint import Fingerprint, describing_files, fingerprint
 from mergekit_ace.checkpoints.headers import TensorHeader
+from mergekit_ace.checks.preflight import require_sound_plan
 from mergekit_ace.engine.cost import seconds
 from mergekit_ace.engine.shards import OutputTensor, Shard, default_shard_size, file_names, grouped
 from mergekit_ace.recipe.patterns import select_names
@@ -31,7 +32,6 @@ _TELLING_OPTIONS = (
     "safe_serialization",
     "unsafe_truncate_embeddings",
 )
-_SHOWN = 3
 
 
 class Merge(BaseModel, frozen=True, extra="forbid"):
@@ -91,10 +91,11 @@ def plan_merge(
         patterns: names of the tensors to make, as glob patterns; all if empty. The files are planned for all of them.
 
     Raises:
-        ValueError: a pattern matches no tensor, or a model lacks a tensor that it must have.
+        ValueError: a pattern matches no tensor.
+        RecipeError: a model lacks a tensor that it must have, or has it in another shape; no expert has a weight.
         OSError: an input cannot be read.
     """
-    require_complete(plan)
+    require_sound_plan(plan)
     planned = [tensor for tensor in plan.execution_order if tensor.output is not None]
     outputs = {tensor.name: _described(tensor) for tensor in planned}
     total = sum(output.nbytes for output in outputs.values())
@@ -120,29 +121,6 @@ def plan_merge(
             costs = tuple(seconds(tensor_cost(plan, tensor, tensor.output)) for tensor in inputs)
             shards.append(Shard(file=name, tensors=tensors, costs=costs, reads=tuple(sorted(files))))
     return MergePlan(merge=merge, shards=tuple(shards), inputs=read_inputs(plan))
-
-
-def require_complete(plan: Plan) -> None:
-    """Raise unless every model has every tensor that it must have: before hours of work, not after.
-
-    Raises:
-        ValueError: naming the model and the first of the tensors.
-    """
-    for model in plan.models:
-        missing = [
-            tensor.input_name(model)
-            for tensor in plan.tensors
-            if tensor.reads(model)
-            and not tensor.optional
-            and tensor.header(model) is None
-            and not tensor.is_converted(model)
-        ]
-        if missing:
-            more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-            raise ValueError(
-                f"every model must have the tensors of its architecture; {model} lacks "
-                f"{', '.join(missing[:_SHOWN])}{more}. Complete the checkpoint"
-            )
 
 
 def read_inputs(plan: Plan) -> dict[str, Fingerprint]:

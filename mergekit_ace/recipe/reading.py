@@ -13,6 +13,7 @@ from mergekit.config import MergeConfiguration
 from mergekit_ace import register
 from mergekit_ace.mergekit_internals import OrderedRecipe
 from mergekit_ace.recipe.failures import RecipeError, message_of
+from mergekit_ace.recipe.parameter_values import check_parameter_values
 from mergekit_ace.recipe.paths import check_paths
 from mergekit_ace.recipe.values import check_method, check_values
 
@@ -47,7 +48,12 @@ def parse_recipe(text: str, path: Path) -> Recipe:
         RecipeError: as `read_recipe`.
     """
     document = parse_document(text, path)
-    findings = [*check_method(document), *check_values(document), *check_paths(document)]
+    findings = [
+        *check_method(document),
+        *check_values(document),
+        *check_parameter_values(document),
+        *check_paths(document),
+    ]
     errors = [f"{finding.what}. {finding.remedy}" for finding in findings if finding.level == "error"]
     if errors:
         raise RecipeError("\n".join([f"{path}: {errors[0]}", *errors[1:]]))

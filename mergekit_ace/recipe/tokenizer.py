@@ -20,10 +20,22 @@ from mergekit_ace.mergekit_internals import (
     build_union_tokenizer,
     get_stripped_tokenizer,
 )
+from mergekit_ace.recipe.failures import RecipeError, message_of
 
 
 def numbered_tokenizer(task: BuildTokenizer) -> TokenizerInfo:
-    """The tokenizer that mergekit makes for a recipe, and the number of each of its tokens in every model."""
+    """The tokenizer that mergekit makes for a recipe, and the number of each of its tokens in every model.
+
+    Raises:
+        RecipeError: with the source of the tokenizer, which cannot be read.
+    """
+    try:
+        return _numbered(task)
+    except Exception as error:  # transformers, tokenizers and the hub each raise their own
+        raise RecipeError(f"the tokenizer of {task.tokenizer_source} cannot be made; {message_of(error)}") from error
+
+
+def _numbered(task: BuildTokenizer) -> TokenizerInfo:
     if task.tokenizer_source != "union":
         tokenizer: TokenizerInfo = task.execute()
         return tokenizer

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.merge_methods.registry import registered_methods
+from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig, ZeroEmbedding
 
 from mergekit_ace.recipe.blocks import Block, blocks_of
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.nearest import did_you_mean
+from mergekit_ace.recipe.roles import check_roles, models_of
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 # What people write for them elsewhere.
 _DTYPE_NAMES = {"bf16": "bfloat16", "bfloat": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 _DTYPE_NAMES |= {"float": "float32", "double": "float64", "fp64": "float64"}
+# Similarity from which a word is a misspelled one; phi-base, which may be a model, has 0.67 to base.
+_SURELY = 0.75
 _INPUTS = ("models", "slices", "modules")
 
 
 def check_values(document: Mapping[str, Any]) -> Iterator[Finding]:
-    """Entries of another type than mergekit reads, unknown dtypes, layer ranges that are none, missing inputs."""
+    """Entries of another type than mergekit reads, unknown dtypes, layer ranges that are none, missing models."""
     for key in ("dtype", "out_dtype"):
         yield from _check_dtype(key, document.get(key))
     if document.get("chat_template") is not None and not isinstance(document["chat_template"], str):
@@ -54,6 +60,7 @@ def check_values(document: Mapping[str, Any]) -> Iterator[Finding]:
         yield from _check_inputs(module, f"modules.{name}.")
     for block in blocks_of(document):
         yield from _check_block(block)
+    yield from check_roles(document)
 
 
 def check_method(document: Mapping[str, Any]) -> Iterator[Finding]:
@@ -102,16 +109,65 @@ def _check_tokenizer(document: Mapping[str, Any]) -> Iterator[Finding]:
         return
     if tokenizer.get("source") is not None:
         yield from _check_source("tokenizer.source", tokenizer["source"])
+    yield from _check_tokens(tokenizer.get("tokens"), models_of(document))
     multiple = tokenizer.get("pad_to_multiple_of")
     if multiple is not None and (not isinstance(multiple, int) or isinstance(multiple, bool) or multiple < 1):
         yield _wrong("tokenizer.pad_to_multiple_of", "a whole number above 0", multiple)
 
 
+def _check_tokens(tokens: Any, models: Collection[ModelReference]) -> Iterator[Finding]:
+    if tokens is None:
+        return
+    if not isinstance(tokens, Mapping):
+        yield _wrong("tokenizer.tokens", "a mapping from token to source", tokens)
+        return
+    for token, value in tokens.items():
+        where = f"tokenizer.tokens: {token}"
+        try:
+            source = _token_source(value)
+        except (ValueError, RuntimeError, TypeError, AttributeError):
+            source = None
+            yield Finding(
+                level="error",
+                what=f"{where} must be a mapping with source, and force if models that have the token are to take it "
+                f"too; got {value!r}",
+                remedy="Write {source: MODEL}, {source: {kind: zero}} or {source: {kind: model_token, model: MODEL, "
+                "token: TOKEN}}.",
+            )
+        if not isinstance(token, str):
+            yield _wrong(where, "text, in quotes", token)
+        model = source.model if isinstance(source, ModelTokenEmbedding) else source
+        if isinstance(model, ModelReference) and models and model not in models:
+            yield Finding(
+                level="error",
+                what=f"{where} takes its row from {model}, which is no model of this recipe",
+                remedy=f"Take it from one of {', '.join(map(str, models))}.",
+            )
+
+
+def _token_source(value: Any) -> Any:
+    """Where a token's row comes from.
+
+    Raises:
+        ValueError, RuntimeError, TypeError, AttributeError: nowhere that mergekit knows.
+    """
+    source = value.get("source") if isinstance(value, Mapping) else None
+    if isinstance(source, Mapping) and "kind" in source:  # or mergekit takes it for a model, and reads no token
+        schema = ModelTokenEmbedding if source["kind"] == "model_token" else ZeroEmbedding
+        schema.model_validate(source)
+    return TokenEmbeddingConfig.model_validate(value).source
+
+
 def _check_source(where: str, source: Any) -> Iterator[Finding]:
     if source in ("union", "base"):
         return
-    if isinstance(source, str) and (near := did_you_mean(source, ["union", "base"])):
-        yield Finding(level="warning", what=f"{where} is taken for a model named {source!r}", remedy=near)
+    if isinstance(source, str) and not Path(source).exists() and (near := did_you_mean(source, ["union", "base"])):
+        surely = get_close_matches(source.lower(), ["union", "base"], cutoff=_SURELY)
+        yield Finding(
+            level="error" if surely else "warning",
+            what=f"{where} is taken for a model named {source!r}",
+            remedy=near,
+        )
     yield from _check_model(where, source)
 
 

@@ -330,7 +330,7 @@ def test_buffers_that_differ_stop_mergekit(llama: Suite, tmp_path: Path) -> None
     recipe = document(llama, base_model=models[0], models=[{"model": model} for model in models[1:]])
     assert [
         "model.norm.weight must be equal in all models" in text for text in found(examine(recipe, tmp_path), "error")
-    ]
+    ] == [True]
 
 
 def test_a_chat_template_that_only_experts_have(llama: Suite, tmp_path: Path) -> None:
@@ -413,3 +413,66 @@ def test_fine_tunes_stored_more_coarsely_are_experts(llama: Suite, tmp_path: Pat
     with edit_tensors(expert / "model.safetensors") as tensors:
         tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
     assert found(examine(with_expert(llama, expert), tmp_path), "error") == []
+
+
+def test_a_folder_that_is_listed_twice_under_two_names(llama: Suite, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(llama.experts[0].path)
+    models = [{"model": str(link)}, {"model": str(llama.experts[0].path)}]
+    assert found(examine(document(llama, models=models), tmp_path), "warning") == [
+        "models[1] and models[0] are the same folder, which counts twice | Keep one of them, or set its weight."
+    ]
+
+
+def test_a_tokenizer_source_that_is_not_there(llama: Suite, tmp_path: Path) -> None:
+    (error,) = found(examine(document(llama, tokenizer_source=str(tmp_path / "nowhere")), tmp_path), "error")
+    assert f"the tokenizer's source {tmp_path / 'nowhere'} must be a folder; there is none" in error
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"models": [{"weight": 0.0}, {"weight": 0.0}]}, "every expert has weight 0 in every tensor"),
+        ({"shape": True}, "must have the base's hidden_size"),
+        ({"layers": [0, 9]}, "layer_range must end at 3, the number of layers of"),
+        ({"row": True}, "has shapes other than the base's: model.norm.weight (15,) for (16,)"),
+    ],
+)
+@pytest.mark.parametrize("command", ["merge", "inspect"])
+def test_other_commands_stop_for_what_check_finds(
+    command: str, entries: dict[str, Any], words: str, llama: Suite, tmp_path: Path
+) -> None:
+    """Before a tensor is merged, in the words of the check."""
+    expert = copy(llama, tmp_path)
+    recipe = with_expert(llama, expert)
+    if "models" in entries:
+        for model, parameters in zip(recipe["models"], entries["models"], strict=True):
+            model["parameters"] = parameters
+    if "shape" in entries:
+        edit_config(expert, hidden_size=8)
+    if "layers" in entries:
+        models = [str(llama.base.path), str(expert)]
+        sources = [{"model": model, "layer_range": entries["layers"]} for model in models]
+        recipe = {"merge_method": "ace", "base_model": models[0], "slices": [{"sources": sources}]}
+    if "row" in entries:
+        with edit_tensors(expert / "model.safetensors") as tensors:
+            width = len(tensors["model.norm.weight"])
+            tensors["model.norm.weight"] = tensors["model.norm.weight"][1:].clone()
+        words = words.replace("15", str(width - 1)).replace("16", str(width))
+        if command == "inspect":  # which goes on with the tensors that can be merged
+            words = "model.norm.weight cannot be merged"
+    arguments = [command, str(write(recipe, tmp_path / "recipe.yml"))]
+    result = CliRunner().invoke(main, [*arguments, *([str(tmp_path / "out")] if command == "merge" else [])])
+    assert result.exit_code == 1
+    assert words in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_mergekit_does_not_read_is_said_by_every_command(llama: Suite, tmp_path: Path) -> None:
+    recipe = write(document(llama, lamda=2), tmp_path / "recipe.yml")
+    recipe.write_text(recipe.read_text() + "dtype: float32\ndtype: float32\n")
+    for arguments in (["merge", str(recipe), str(tmp_path / "out")], ["inspect", "--fast", str(recipe)]):
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, result.output
+        assert "warning: mergekit does not read 'lamda' in the recipe" in result.output
+        assert "warning: dtype stands twice in one mapping" in result.output

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from mergekit_ace.cli import main
-from tests.checkpoints import Suite, Update, add_adapter, make_suite, read_tensors
+from tests.checkpoints import Suite, Update, add_adapter, edit_tensors, make_suite, read_tensors
 from tests.checkpoints.storage import Storage
 from tests.report.recipes import document, write
 
@@ -141,3 +141,24 @@ def test_what_an_index_does_not_list_does_not_count(suites: dict[Storage, Suite]
     file.write_text(json.dumps(index))
     output = run("check", write(document(suite, models=[{"model": str(expert)}]), tmp_path / "recipe.yml"))
     assert f"{expert} lacks {name}" in output
+
+
+@pytest.mark.parametrize("command", ["check", "merge", "inspect"])
+def test_names_that_a_wrapper_made_longer_are_told_from_tensors_that_are_not_there(
+    command: str, suites: dict[Storage, Suite], tmp_path: Path
+) -> None:
+    suite = suites["safetensors"]
+    experts = [Path(shutil.copytree(expert.path, tmp_path / expert.path.name)) for expert in suite.experts]
+    with edit_tensors(experts[0] / "model.safetensors") as tensors:
+        for name in list(tensors):
+            tensors[f"_orig_mod.{name}"] = tensors.pop(name)
+    with edit_tensors(experts[1] / "model.safetensors") as tensors:
+        del tensors["model.norm.weight"]
+    models = [{"model": str(expert)} for expert in experts]
+    recipe = write(document(suite, models=models), tmp_path / "recipe.yml")
+    output = run(command, recipe, *([tmp_path / "out"] if command == "merge" else []))
+    assert "its names hold '_orig_mod.', which torch.compile puts there" in output
+    assert "name.replace('_orig_mod.', '')" in output
+    if command != "inspect":  # which shows what the merge does with the tensors that are there
+        assert f"{experts[1]} lacks model.norm.weight" in output
+        assert output.count("Complete the checkpoint") == 1

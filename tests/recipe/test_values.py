@@ -86,6 +86,32 @@ def nothing_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
             "pad_to_multiple_of must be a whole number above 0",
         ),
         ({"chat_template": 3}, "chat_template must be text; got 3"),
+        ({"tokenizer_source": "unoin"}, "tokenizer_source is taken for a model named 'unoin' | Did you mean union?"),
+        ({"tokenizer": {"source": "Base"}}, "tokenizer.source is taken for a model named 'Base' | Did you mean base?"),
+        ({"tokenizer": {"tokens": ["x"]}}, "tokenizer.tokens must be a mapping from token to source; got ['x']"),
+        ({"tokenizer": {"tokens": {"<x>": 7}}}, "tokenizer.tokens: <x> must be a mapping with source, and force"),
+        ({"tokenizer": {"tokens": {7: {"source": "owner/a"}}}}, "tokenizer.tokens: 7 must be text, in quotes; got 7"),
+        (
+            {"tokenizer": {"tokens": {"<x>": {"source": {"kind": "model_token", "model": "owner/a"}}}}},
+            "tokenizer.tokens: <x> must be a mapping with source",
+        ),
+        (
+            {"tokenizer": {"tokens": {"<x>": {"source": "owner/other"}}}},
+            "tokenizer.tokens: <x> takes its row from owner/other, which is no model of this recipe | "
+            "Take it from one of owner/base, owner/a, owner/b.",
+        ),
+        (
+            {"tokenizer": {"tokens": {"<x>": {"source": "owner/a", "froce": True}}}},
+            "mergekit does not read 'froce' in tokenizer.tokens: <x> | Did you mean force?",
+        ),
+        ({"base_model": None}, "base_model is missing | Add base_model: PATH"),
+        ({"models": [{"model": "owner/base"}]}, "models must have at least 1 model beside the base for ace; got 0"),
+        (
+            {"models": [{"model": "owner/a"}, {"model": "owner/b"}, {"model": "owner/a"}]},
+            "models[2] is owner/a, which models[0] is already; mergekit takes a model once",
+        ),
+        ({"merge_method": "slerp", "parameters": {"t": 0.5}}, "models must have exactly 2 models for slerp; got 3"),
+        ({"merge_method": "AEC", "parameters": {"epsilon": -1}}, "parameter epsilon must be a finite number above 0"),
         (
             {"merge_method": "ties", "parameters": {"density": "x", "weight": 1}},
             "parameter density must be a number; got 'x'",
@@ -118,6 +144,29 @@ def test_layer_ranges(layers: list[Any], words: str, tmp_path: Path) -> None:
     assert [text for text in found(recipe, tmp_path) if words in text]
 
 
+def test_a_slice_holds_its_base(tmp_path: Path) -> None:
+    sources = [{"model": f"owner/{name}", "layer_range": [0, 2]} for name in "ab"]
+    recipe = {"merge_method": "ace", "base_model": "owner/base", "slices": [{"sources": sources}]}
+    (error,) = found(recipe, tmp_path)
+    assert error.startswith("slices[0].sources must hold the base model owner/base too")
+    sources.append({"model": "owner/base", "layer_range": [0, 2]})
+    recipe["slices"] = [{"sources": sources}, {"sources": sources[2:]}]
+    assert found(recipe, tmp_path) == [
+        "slices[1].sources must have at least 1 model beside the base for ace; got 0 | List the models to merge."
+    ]
+
+
+def test_a_key_that_stands_twice(tmp_path: Path) -> None:
+    file = write(SOUND, tmp_path / "recipe.yml")
+    file.write_text(
+        file.read_text() + "dtype: float32\nparameters:\n  lambda: 1\n  epsilon: 1\n  lambda: 2\ndtype: bf16\n"
+    )
+    findings = [finding.what for finding in check_recipe(file).findings]
+    assert "dtype stands twice in one mapping, in line 6 and in line 11; mergekit takes the last" in "".join(findings)
+    assert "lambda stands twice in one mapping, in line 8 and in line 10; mergekit takes the last" in "".join(findings)
+    assert "'bf16'" in "".join(findings)
+
+
 def test_everything_wrong_is_told_in_one_run(tmp_path: Path) -> None:
     wrong = {
         "dtype": "half",
@@ -141,9 +190,13 @@ def test_everything_wrong_is_told_in_one_run(tmp_path: Path) -> None:
 
 
 def test_merge_tells_all_of_it_too(tmp_path: Path) -> None:
-    recipe = write(SOUND | {"dtype": "half", "merge_method": "ACE"}, tmp_path / "recipe.yml")
+    wrong = {"dtype": "half", "merge_method": "ACE", "parameters": {"lambda": float("nan"), "preset": "publishd"}}
+    recipe = write(SOUND | wrong, tmp_path / "recipe.yml")
     result = CliRunner().invoke(main, ["merge", str(recipe), str(tmp_path / "out")])
     assert result.exit_code == 1
     assert "Did you mean ace?" in result.output
     assert "Did you mean float16?" in result.output
+    assert "parameter lambda must be a finite number; got nan" in result.output
+    assert "got 'publishd'" in result.output
+    assert not [word for word in NOT_OURS if word in result.output]
     assert not (tmp_path / "out").exists()

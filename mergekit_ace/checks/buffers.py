@@ -15,7 +15,7 @@ _MOST_NAMES = 3
 
 def check_buffers(plan: Plan) -> Iterator[Finding]:
     """Buffers that differ between models."""
-    differing = [tensor.name for tensor in plan.tensors if _is_buffer(tensor) and not agree(_values(tensor))]
+    differing = [tensor.name for tensor in plan.tensors if _is_buffer(tensor) and not _agree_as_read(tensor)]
     if differing:
         yield differing_buffers(differing)
 
@@ -37,6 +37,12 @@ def differing_buffers(names: Sequence[str]) -> Finding:
 def agree(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether tensors of all models are the same, to the dtype."""
     return all(tensor.dtype == tensors[0].dtype and torch.equal(tensor, tensors[0]) for tensor in tensors[1:])
+
+
+def _agree_as_read(tensor: PlannedTensor) -> bool:
+    """Whether mergekit has nothing to stop at: with `dtype` set, it reads buffers as floating point and merges them."""
+    values = _values(tensor)
+    return all(value.is_floating_point() for value in values) or agree(values)
 
 
 def _is_buffer(tensor: PlannedTensor) -> bool:

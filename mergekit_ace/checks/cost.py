@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from mergekit.common import dtype_from_name
@@ -41,7 +41,7 @@ class Cost:
     seconds: float | None
     """Of the arithmetic, reading and writing left out; None for a method that is not ours, or another machine's."""
     available: int | None
-    """Free memory of this machine."""
+    """Memory that programs can get on this machine; None where it does not tell."""
     device: int | None
     """Free memory of the chosen accelerator; None on the CPU."""
 
@@ -65,7 +65,7 @@ def estimate(plan: Plan) -> Cost:
         memory=workspace + shard + _PYTHON,
         workspace=workspace,
         seconds=seconds,
-        available=_available(),
+        available=available_memory(),
         device=_free_on(plan.device),
     )
 
@@ -85,7 +85,7 @@ def check_cost(cost: Cost) -> Iterator[Finding]:
     if cost.available is not None and cost.memory > cost.available:
         yield Finding(
             level="warning",
-            what=f"the merge needs about {decimal(cost.memory)} of memory; {decimal(cost.available)} are free",
+            what=f"the merge needs about {decimal(cost.memory)} of memory; {decimal(cost.available)} are available",
             remedy="Lower --out-shard-size: mergekit holds a whole shard before it writes it.",
         )
     if cost.device is not None and cost.workspace > cost.device:
@@ -158,8 +158,11 @@ def _free_on(device: torch.device) -> int | None:
     return int(torch.cuda.mem_get_info(device)[0])
 
 
-def _available() -> int | None:
+def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Bytes that programs can get on this machine: what is free, and what files in memory give back; None: not told."""
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None
+        lines = meminfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    kilobytes = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    return None if kilobytes is None else 1024 * kilobytes

@@ -8,6 +8,7 @@ from dataclasses import replace
 from mergekit.options import MergeOptions
 
 from mergekit_ace.checks.adapter_fit import check_fit
+from mergekit_ace.checks.buffers import check_buffers
 from mergekit_ace.checks.configurations import check_configurations
 from mergekit_ace.checks.devices import require_device
 from mergekit_ace.checks.duplicates import check_duplicates
@@ -61,7 +62,7 @@ def require_sound_plan(plan: Plan, *, complete: bool = True) -> None:
     """
     findings = [*check_layers(plan), *check_weights(plan)]
     if not findings:
-        findings = list(check_tensors(plan) if complete else check_names(plan))
+        findings = [*check_tensors(plan), *check_buffers(plan)] if complete else [*check_names(plan)]
     errors = [f"{finding.what}. {finding.remedy}" for finding in findings if finding.level == "error"]
     if errors:
         raise RecipeError("\n".join(errors))

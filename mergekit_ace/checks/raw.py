@@ -60,7 +60,8 @@ def check_raw(document: Mapping[str, Any]) -> Iterator[Finding]:
     base = document.get("base_model") if isinstance(document.get("base_model"), str) else None
     yield from _check_names(headers, base)
     yield from _check_shapes(headers)
-    yield from _check_buffers(headers)
+    if document.get("dtype") is None:  # or mergekit-pytorch reads them as floating point, and merges them
+        yield from _check_buffers(headers)
     yield from _check_precision(headers, document.get("dtype"))
 
 

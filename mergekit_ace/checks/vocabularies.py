@@ -13,6 +13,12 @@ from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.plan import Plan
 from mergekit_ace.recipe.reading import Recipe
 
+# Files that hold tokens, one of which every tokenizer of transformers has.
+_TOKENIZERS = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
+    *("tokenizer_config.json", "source.spm", "tiktoken.model", "tekken.json"),
+)
+
 
 def check_tokenizers(recipe: Recipe) -> Iterator[Finding]:
     """Experts whose tokens are numbered otherwise than the base's, in a recipe that aligns no vocabularies."""
@@ -32,6 +38,33 @@ def check_tokenizers(recipe: Recipe) -> Iterator[Finding]:
             "merged",
             remedy="Align them: tokenizer: {source: base}, or {source: union} to keep every token.",
         )
+
+
+def check_missing_tokenizers(recipe: Recipe) -> Iterator[Finding]:
+    """Folders without a tokenizer, where the merged model's is made or copied from them."""
+    base, *experts = in_recipe_order(recipe.config)
+    without = [model for model in (base, *experts) if _has_tokenizer(model.model) is False]
+    if recipe.config.tokenizer is None and recipe.config.tokenizer_source is None:
+        if base in without and any(_has_tokenizer(expert.lora or expert.model) for expert in experts):
+            yield Finding(
+                level="warning",
+                what=f"{base} has no tokenizer, so the merged model will have none",
+                remedy="Copy one into the base's folder, or add tokenizer_source: EXPERT.",
+            )
+        return
+    for model in dict.fromkeys(without):
+        if model == base:
+            yield Finding(
+                level="error",
+                what=f"{base} must have a tokenizer, for the tokens of all models are numbered by it; it has none",
+                remedy="Copy the tokenizer's files into it, from where the model was trained.",
+            )
+        else:
+            yield Finding(
+                level="warning",
+                what=f"{model} has no tokenizer: mergekit takes its tokens to be numbered as the base's",
+                remedy="Copy the tokenizer's files into it, unless it has the base's tokens.",
+            )
 
 
 def check_chat_template(recipe: Recipe) -> Iterator[Finding]:
@@ -91,6 +124,12 @@ def check_padding(plan: Plan) -> Iterator[Finding]:
                 f"{_multiple(tokens, held)}}} keeps it; without tokenizer and tokenizer_source tables are not touched.",
             )
             return  # the head has the same rows
+
+
+def _has_tokenizer(source: ModelPath) -> bool | None:
+    """None where the model is not on this disk."""
+    folder = Path(source.path)
+    return any((folder / name).is_file() for name in _TOKENIZERS) if folder.is_dir() else None
 
 
 def _has_chat_template(source: ModelPath) -> bool | None:

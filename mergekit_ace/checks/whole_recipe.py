@@ -27,7 +27,13 @@ from mergekit_ace.checks.raw import check_raw, is_raw
 from mergekit_ace.checks.spelling import check_keys, check_parameters
 from mergekit_ace.checks.tensors import check_precision, check_tensors, check_treatments
 from mergekit_ace.checks.unused import check_unused
-from mergekit_ace.checks.vocabularies import check_chat_template, check_ends, check_padding, check_tokenizers
+from mergekit_ace.checks.vocabularies import (
+    check_chat_template,
+    check_ends,
+    check_missing_tokenizers,
+    check_padding,
+    check_tokenizers,
+)
 from mergekit_ace.checks.weights import check_weights
 from mergekit_ace.mergekit_internals import architecture_is_inferred, in_recipe_order
 from mergekit_ace.recipe.failures import RecipeError
@@ -130,6 +136,7 @@ def _of_files(recipe: Recipe, options: MergeOptions) -> Iterator[Finding]:
     yield from check_quantization(recipe)
     yield from check_adapters(recipe, options)
     yield from check_configurations(recipe, options)
+    yield from check_missing_tokenizers(recipe)
     yield from check_tokenizers(recipe)
     yield from check_chat_template(recipe)
     yield from check_ends(recipe)

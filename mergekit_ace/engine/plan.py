@@ -68,7 +68,7 @@ class MergePlan(BaseModel, frozen=True, extra="forbid"):
         """Tells two versions of a shard apart, other than by the weights that it is made from."""
         small = {name: self.inputs[name].digest for name in sorted(self.inputs) if name not in self._weights}
         content = {"merge": self.merge.digest, "shard": shard.model_dump(exclude={"costs"}), "inputs": small}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
     def _weights(self) -> frozenset[str]:
@@ -167,10 +167,11 @@ def _described(tensor: PlannedTensor) -> OutputTensor:
 
 def _recipe_digest(plan: Plan, options: MergeOptions) -> str:
     content: dict[str, Any] = {
-        "recipe": plan.recipe.config.model_dump(mode="json"),
+        # As it is written: pydantic cannot dump a model that mergekit has no string for, such as a folder with a +.
+        "recipe": plan.recipe.document,
         "options": {name: getattr(options, name) for name in _TELLING_OPTIONS},
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _tokenizer_digest(plan: Plan) -> str:

@@ -170,7 +170,7 @@ def test_vocabularies_that_differ(llama: Suite, tmp_path: Path) -> None:
     expert = copy(llama, tmp_path)
     save_tokenizer(base, 96)
     save_tokenizer(expert, 95, added=["<new>"])
-    recipe = with_expert(llama, expert) | {"base_model": str(base)}
+    recipe = document(llama, base_model=str(base), models=[{"model": str(expert)}])
     (warning,) = found(examine(recipe, tmp_path), "warning")
     assert "1 tokens more, 1 fewer, 0 with another number" in warning
     assert "tokenizer: {source: base}" in warning
@@ -361,8 +361,11 @@ def test_an_expert_that_ends_with_another_token(llama: Suite, tmp_path: Path) ->
 
 def test_a_padded_table_is_cut_to_its_tokens(llama: Suite, tmp_path: Path) -> None:
     base = Path(shutil.copytree(llama.base.path, tmp_path / "base"))
-    save_tokenizer(base, 90)
-    recipe = with_expert(llama, llama.experts[0].path, base_model=str(base), tokenizer={"source": "base"})
+    expert = copy(llama, tmp_path)
+    for folder in (base, expert):
+        save_tokenizer(folder, 90)
+    models = [{"model": str(expert)}]
+    recipe = document(llama, base_model=str(base), models=models, tokenizer={"source": "base"})
     (warning,) = found(examine(recipe, tmp_path), "warning")
     assert "has 96 rows in the base for 90 tokens: the tokenizer source base cuts it to 90" in warning
     assert "pad_to_multiple_of: 32" in warning
@@ -425,8 +428,8 @@ def test_a_folder_that_is_listed_twice_under_two_names(llama: Suite, tmp_path: P
 
 
 def test_a_tokenizer_source_that_is_not_there(llama: Suite, tmp_path: Path) -> None:
-    (error,) = found(examine(document(llama, tokenizer_source=str(tmp_path / "nowhere")), tmp_path), "error")
-    assert f"the tokenizer's source {tmp_path / 'nowhere'} must be a folder; there is none" in error
+    errors = found(examine(document(llama, tokenizer_source=str(tmp_path / "nowhere")), tmp_path), "error")
+    assert f"the tokenizer's source {tmp_path / 'nowhere'} must be a folder; there is none" in "\n".join(errors)
 
 
 @pytest.mark.parametrize(

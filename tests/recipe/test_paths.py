@@ -44,7 +44,7 @@ def test_a_folder_with_a_sign_in_its_name_is_not_read_as_another(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["a@v2", "a+v+2", "a@v@2"])
+@pytest.mark.parametrize("name", ["a@v2", "a+v2", "a+v+2", "a@v@2"])
 def test_the_remedy_reads_that_folder(name: str, llama: Suite, tmp_path: Path) -> None:
     expert = Path(shutil.copytree(llama.experts[1].path, tmp_path / name))
     parameters = {"weight": 1.0}

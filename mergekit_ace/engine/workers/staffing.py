@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from mergekit_ace.checks.cost import available_memory
 from mergekit_ace.engine.events import TensorMade
 from mergekit_ace.engine.job import Job
 from mergekit_ace.engine.merging import Site
@@ -77,12 +78,8 @@ class Staff:
 
 def _free_memory() -> int | None:
     """Most of the memory that programs can get on this machine; None where it is not told."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    kilobytes = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-    return None if kilobytes is None else int(_SHARE_OF_FREE * 1024 * kilobytes)
+    available = available_memory()
+    return None if available is None else int(_SHARE_OF_FREE * available)
 
 
 def _teller(site: Site) -> OnTensor:

@@ -21,7 +21,7 @@ def normal_numbers(rows: int, columns: int, *, like: Tensor) -> Tensor:
 
 
 # The matrices of a model have few shapes: drawing and moving these numbers for each costs more than the products.
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def _drawn(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     generator = torch.Generator(device="cpu").manual_seed(_SEED)
     drawn = torch.randn((rows, columns), generator=generator, dtype=dtype, device="cpu")

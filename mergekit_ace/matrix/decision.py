@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mergekit_ace.linalg.low_rank import top_energies
+from torch import Tensor
+
+from mergekit_ace.linalg.low_rank import top_energy
+from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.matrix.bounds import effective_experts, longest_allowed
 from mergekit_ace.matrix.options import CovarianceOptions, HeterogeneityStatistic
 from mergekit_ace.matrix.task_vectors import TaskVectors
@@ -18,6 +21,12 @@ _FEW_DIRECTIONS = 1 / 8
 _MOST_DIRECTIONS = 128
 # Below the first share an update counts as one of full rank, above the second as one of low rank; linear between them.
 _MOST, _NEARLY_ALL = 0.9, 0.98
+# Smaller and larger side of the sample of rows and columns that shows most full fine-tunes to be no adapters, where the
+# smaller side is longer. A sample holds more of its energy in as many directions than the whole, but by chance.
+_SAMPLED = (1024, 2048)
+_CLEARLY = 0.05
+# A sample with less of the energy than this share of what its size would have says nothing about the whole.
+_REPRESENTATIVE = 0.5
 # Updates that are nearly all rounding have no spectrum left to judge by; their quotient must stay finite.
 _LEAST_GENUINE = 0.05
 # Points of an integral over a smooth density.
@@ -122,19 +131,53 @@ def low_rank_share(task_vectors: TaskVectors) -> float:
     rounding to the stored format adds is taken out first: it lies in all directions alike, and would make adapters
     that were merged and stored in bfloat16 look like full fine-tunes.
 
+    As soon as the experts left cannot lift the mean above 90 percent, they are not looked at; and of large matrices a
+    sample of rows and columns is looked at first, which ends it where it is clearly below.
+
     Args:
         task_vectors: of at least one expert.
     """
     m, n = task_vectors.shape
     directions = min(_MOST_DIRECTIONS, max(1, int(_FEW_DIRECTIONS * min(m, n))))
-    within = noise_share(m, n, directions)
-    mean = 0.0
-    top = top_energies((task_vectors.task_vector(t) for t in range(len(task_vectors))), directions)
-    measured = zip(task_vectors.shares, task_vectors.energies, top, task_vectors.rounding_energies(), strict=True)
-    for share, energy, held, rounding in measured:
-        genuine = max(energy - rounding, _LEAST_GENUINE * energy)
-        mean += share * min(1.0, max(0.0, held - within * rounding) / genuine) / len(task_vectors)
-    return min(1.0, max(0.0, (mean - _MOST) / (_NEARLY_ALL - _MOST)))
+    rounding = task_vectors.rounding_energies()
+    small, large = _SAMPLED
+    row_step, column_step = (-(-side // (small if side == min(m, n) else large)) for side in (m, n))
+    if min(m, n) > small and task_vectors.coordinates is None:
+
+        def of_sample(t: int) -> float:
+            sample = task_vectors.sample(t, row_step=row_step, column_step=column_step)
+            part, energy = sample.numel() / (m * n), squared_norm(sample)
+            if energy < _REPRESENTATIVE * part * task_vectors.energies[t]:
+                return 1.0
+            return _held(sample, energy, part * rounding[t], directions)
+
+        if _weighted_mean(task_vectors.shares, of_sample, enough=_MOST - _CLEARLY) is None:
+            return 0.0
+
+    def of_all(t: int) -> float:
+        return _held(task_vectors.task_vector(t), task_vectors.energies[t], rounding[t], directions, shape=(m, n))
+
+    mean = _weighted_mean(task_vectors.shares, of_all, enough=_MOST)
+    return 0.0 if mean is None else min(1.0, (mean - _MOST) / (_NEARLY_ALL - _MOST))
+
+
+def _weighted_mean(shares: Sequence[float], value: Callable[[int], float], *, enough: float) -> float | None:
+    """`mean_t(a_t value(t))` of values of at most 1; None as soon as it cannot be above `enough`."""
+    most = 1.0
+    for t, share in enumerate(shares):
+        most -= share * (1 - value(t)) / len(shares)
+        if most <= enough:
+            return None
+    return most
+
+
+def _held(
+    update: Tensor, energy: float, rounding: float, directions: int, shape: tuple[int, int] | None = None
+) -> float:
+    """Share of an update's energy, without that of rounding, in its top directions."""
+    genuine = max(energy - rounding, _LEAST_GENUINE * energy)
+    within = noise_share(*(shape or (update.shape[0], update.shape[1])), directions) if rounding else 0.0
+    return min(1.0, max(0.0, top_energy(update, directions) - within * rounding) / genuine)
 
 
 def noise_share(m: int, n: int, directions: int) -> float:

@@ -12,7 +12,7 @@ from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.linalg.symmetric import add_gram_upper_, add_to_diagonal_, gram, mirror_upper_
 from mergekit_ace.matrix.decision import Decision
 from mergekit_ace.matrix.diagnostics import diagnostics_wanted
-from mergekit_ace.matrix.normal_equations import NormalEquations, Solution, add_prior_, prior_scale
+from mergekit_ace.matrix.normal_equations import NormalEquations, Solution, add_prior_, prior_scale, response_to
 from mergekit_ace.matrix.options import CovarianceOptions
 from mergekit_ace.matrix.second_moment import RegularizedMoment, moment_correlation, regularize
 from mergekit_ace.matrix.task_vectors import TaskVectors
@@ -47,7 +47,7 @@ class DenseEquations:
             weight=weight,
             residual=self.residual,
             condition=condition,
-            numerator=self.numerator if self.keep_numerator else None,
+            response=response_to(self.numerator) if self.keep_numerator else None,
         )
 
 

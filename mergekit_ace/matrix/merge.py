@@ -6,9 +6,10 @@ from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
-from mergekit_ace.linalg.precision import inner_products
+from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.matrix.balanced import merge_balanced
 from mergekit_ace.matrix.bounds import scale_factor
+from mergekit_ace.matrix.budget import error_budget
 from mergekit_ace.matrix.decision import Decision, decide
 from mergekit_ace.matrix.dense import assemble_dense
 from mergekit_ace.matrix.measured import assemble_measured
@@ -42,6 +43,8 @@ class MergeFacts:
     """What the bounds of retention and length multiplied the whole by, in `(0, 1]`."""
     correlation: float | None = None
     """Of the experts' second moments; None where no threshold asks for it."""
+    eigendecomposition: str | None = None
+    """Dtype of the refinement's, float32 or float64; None where there was none."""
     measured: int = 0
     """How many experts' second moments were measured."""
     averaged: float = 0.0
@@ -89,7 +92,8 @@ class MatrixMerge(MergeFacts):
         if self.condition is not None:
             facts.append(f"condition {self.condition:.1e}")
         if self.refinement is not None:
-            facts.append(f"{self.refinement.directions} directions refined by {self.refinement.level:.3g}")
+            refined = f"{self.refinement.directions} directions refined by {self.refinement.level:.3g}"
+            facts.append(f"{refined} in {self.eigendecomposition}")
         if self.decision.effective_experts is not None:
             facts.append(f"{self.decision.effective_experts:.2g} independent experts")
         if self.decision.low_rank:
@@ -151,18 +155,22 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
     del equations  # and what it was assembled from
     merged, refinement = solution.weight, None
     if decision.refined_directions:
+        budget = 0.0
+        # Updates of low rank have directions that are rounding, on which float32 is lost.
+        if options.precision != "full" and not decision.low_rank:
+            budget = error_budget(task_vectors, options.precision, length=float(merged.norm()))
         refinement = spectral_refinement(
             solution.residual.add_(merged) if solution.residual is not None else merged,
             decision.refined_directions,
             scale=decision.refinement_scale,
             column_basis=solution.column_basis,
+            error=budget,
         )
         merged.add_(refinement.update)
-    kept, others = None, [] if solution.numerator is None else [solution.numerator]
-    squared_length, *products = inner_products([(merged, other) for other in (merged, *others)]).tolist()
-    if products:
-        kept = retention(products[0], moments, task_vectors.shares)
-    factor = scale_factor(squared_length**0.5, retention=kept, longest=decision.longest)
+    kept = None
+    if solution.response is not None:
+        kept = retention(solution.response(merged, refinement), moments, task_vectors.shares)
+    factor = scale_factor(squared_norm(merged) ** 0.5, retention=kept, longest=decision.longest)
     if factor < 1:
         merged.mul_(factor)
         refinement = refinement and refinement.times_(factor)
@@ -178,6 +186,7 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         condition=solution.condition,
         refinement=refinement,
         refinement_norm=refinement.norm if refinement else None,
+        eigendecomposition=refinement.precision if refinement else None,
         retention=kept,
         scale_factor=factor,
         correlation=correlation,

@@ -16,7 +16,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+from mergekit_ace.linalg.precision import inner_product
 from mergekit_ace.matrix.bounds import mean_energy
+from mergekit_ace.matrix.refinement import Refinement
 from mergekit_ace.matrix.second_moment import RegularizedMoment
 from mergekit_ace.matrix.task_vectors import TaskVectors
 
@@ -49,8 +51,29 @@ class Solution:
     """Estimated condition number of `sum_t a_t Sbar_t`; None unless `diagnostics` are wanted."""
     column_basis: Tensor | None = None
     """`[m, p]`, orthonormal columns that span the columns of `weight` and `residual`; None where nothing is known."""
-    numerator: Tensor | None = None
-    """`sum_t a_t N_t Sbar_t`, `[m, n]`, where a bound of the retention asks for it."""
+    response: Response | None = None
+    """Where a bound of the retention asks for it."""
+
+
+class Response(Protocol):
+    """`<X, N>` of a merged task vector and the numerator `N = sum_t a_t N_t Sbar_t`."""
+
+    def __call__(self, merged: Tensor, refinement: Refinement | None) -> float:
+        """`<X, N>`.
+
+        Args:
+            merged: `X`, the preliminary merge and its refinement.
+            refinement: what was added; None: nothing.
+        """
+
+
+def response_to(numerator: Tensor) -> Response:
+    """By the numerator itself, `[m, n]`."""
+
+    def response(merged: Tensor, refinement: Refinement | None) -> float:
+        return inner_product(merged, numerator)
+
+    return response
 
 
 def retention(response: float, moments: Sequence[RegularizedMoment], shares: Sequence[float]) -> float:
@@ -62,7 +85,7 @@ def retention(response: float, moments: Sequence[RegularizedMoment], shares: Seq
     than 1 for what responds more strongly than the experts do.
 
     Args:
-        response: `<X, sum_t a_t N_t Sbar_t>`, of the merged task vector and the numerator.
+        response: `<X, sum_t a_t N_t Sbar_t>`, of the merged task vector and the numerator (`Response`).
         moments: with their squared norms, or responses.
         shares: `a_t`.
     """

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+Precision = Literal["auto", "full"]
 HeterogeneityStatistic = Literal["published", "scale_free"]
 LengthBound = Literal["none", "end_to_end", "orthogonal"]
 
@@ -102,6 +103,8 @@ class CovarianceOptions:
         correlation_threshold: in `[0, 1]`; updates of low rank whose second moments correlate by less are merged
             without them, because adapters with random input matrices do not determine their inputs. 0: never.
         uncorrelated: how those are merged: by `merge_balanced`, or as their plain `average`.
+        precision: `full`: as accurate as float32 products and a float64 eigendecomposition are; `auto`: where the
+            weights are stored in 16 bits, no more accurate than their rounding asks for (`matrix.budget`).
         combine_copies: count an expert and its exact copies as one of their summed weight.
 
     Raises:
@@ -116,6 +119,7 @@ class CovarianceOptions:
     correlation_threshold: float = 0.0
     uncorrelated: Literal["balanced", "average"] = "average"
     combine_copies: bool = False
+    precision: Precision = "full"
 
     def __post_init__(self) -> None:
         if not 0 <= self.correlation_threshold <= 1:

@@ -33,6 +33,7 @@ ACE = CovarianceOptions(
     correlation_threshold=0.05,
     uncorrelated="balanced",
     combine_copies=True,
+    precision="auto",
 )
 """What `merge_method: ace` does by default: no constant of any model family, and no dependence on the updates' unit.
 

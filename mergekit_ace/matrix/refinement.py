@@ -19,6 +19,17 @@ class Refinement:
     """`||.||_F` of the update."""
     update: Tensor
     """`[m, n]`."""
+    left: Tensor
+    """`U_k`, `[m, k]`; fewer columns where the rank is lower."""
+    singular_values: Tensor
+    """Of `F`, float64, of the columns of `left`."""
+    estimated_error: float | None
+    """Estimated `||.||_F` of the update's error, where the eigendecomposition was one in float32; None: in float64."""
+
+    @property
+    def precision(self) -> str:
+        """Of the eigendecomposition: float32 or float64."""
+        return "float64" if self.estimated_error is None else "float32"
 
     def times_(self, factor: float) -> Refinement:
         """The refinement scaled by `factor`; its update is scaled in place."""
@@ -26,7 +37,7 @@ class Refinement:
 
 
 def spectral_refinement(
-    structure: Tensor, k: int, *, scale: float = 1.0, column_basis: Tensor | None = None
+    structure: Tensor, k: int, *, scale: float = 1.0, column_basis: Tensor | None = None, error: float = 0.0
 ) -> Refinement:
     """`scale * mean(s_1..s_k) U_k V_k^T` of a matrix `F = U diag(s) V^T`.
 
@@ -38,12 +49,23 @@ def spectral_refinement(
         scale: of the update.
         column_basis: `Q`, `[m, p]`, orthonormal, with `F = Q Q^T F` where that is known: the singular vectors are then
             found in `p` dimensions, and the directions beyond them have singular value zero.
+        error: `||.||_F` that the update may be wrong by; 0: float64 throughout.
     """
     if column_basis is not None:
         structure = column_basis.mT @ structure
-    top = dominant_subspace(structure, min(k, min(structure.shape)))
+    top = dominant_subspace(structure, min(k, min(structure.shape)), error=error / scale if scale > 0 else 0.0)
     level = scale * float(top.singular_values.sum()) / k
-    update = top.partial_isometry if column_basis is None else column_basis @ top.partial_isometry
+    update, left = top.partial_isometry, top.triples.left
+    if column_basis is not None:
+        update, left = column_basis @ update, column_basis @ left
     # A partial isometry has as many unit singular values as it has directions.
     norm = level * float((top.singular_values > 0).sum()) ** 0.5
-    return Refinement(directions=k, level=level, norm=norm, update=update.mul_(level))
+    return Refinement(
+        directions=k,
+        level=level,
+        norm=norm,
+        update=update.mul_(level),
+        left=left,
+        singular_values=top.triples.singular_values,
+        estimated_error=None if top.estimated_error is None else scale * top.estimated_error,
+    )

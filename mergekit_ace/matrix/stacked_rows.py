@@ -18,15 +18,26 @@ from torch import Tensor
 
 from mergekit_ace.linalg.cholesky import cholesky_factor, solve_right
 from mergekit_ace.linalg.conditioning import largest_eigenvalue
-from mergekit_ace.linalg.precision import squared_norm, squared_norms
+from mergekit_ace.linalg.precision import inner_product, squared_norm, squared_norms
 from mergekit_ace.linalg.symmetric import add_to_diagonal_, gram
 from mergekit_ace.matrix.decision import Decision
 from mergekit_ace.matrix.diagnostics import diagnostics_wanted
-from mergekit_ace.matrix.normal_equations import NormalEquations, Solution, add_prior_, prior_scale
+from mergekit_ace.matrix.normal_equations import (
+    NormalEquations,
+    Response,
+    Solution,
+    add_prior_,
+    prior_scale,
+    response_to,
+)
 from mergekit_ace.matrix.options import CovarianceOptions
+from mergekit_ace.matrix.refinement import Refinement
 from mergekit_ace.matrix.row_factors import ExpertRows, RowFactors
 from mergekit_ace.matrix.second_moment import RegularizedMoment, moment_correlation, regularize
 from mergekit_ace.matrix.task_vectors import TaskVectors
+
+# Above this ratio of the ridge to the mean eigenvalue of `Y_t Y_t^T` of some expert, `K - ridge J` loses digits.
+_LARGE_RIDGE = 30.0
 
 
 @dataclass(kw_only=True)
@@ -45,15 +56,41 @@ class _StackedRows:
     residual: Tensor | None
     column_basis: Tensor | None
     keep_numerator: bool
+    by_coefficients: bool
+    """What is refined is the preliminary merge, which has no prior, and the ridge is large for no expert."""
     moments: tuple[RegularizedMoment, ...]
     correlation: float | None
+
+    def _response(self, coefficients: Tensor) -> Response:
+        """`<X, N>`, with `N = K Y` never formed.
+
+        The solve says `J Y Y^T = K - ridge J` for `X = J Y`, so `X N^T = (K - ridge J) K^T`. What refinement adds is
+        `level U_k diag(1/s) U_k^T X`, hence
+
+            <X, N> = ||K||^2 - ridge <J, K>,    <level U_k V_k^T, N> = level sum_i <u_i^T (K - ridge J), u_i^T K> / s_i
+        """
+        if not self.by_coefficients:
+            return response_to(self.numerator @ self.rows)
+        numerator, ridge = self.numerator, self.ridge
+
+        def response(merged: Tensor, refinement: Refinement | None) -> float:
+            found = squared_norm(numerator) - ridge * inner_product(coefficients, numerator)
+            if refinement is None or refinement.left.shape[1] == 0:
+                return found
+            ours = refinement.left.mT @ numerator
+            through = ours - ridge * (refinement.left.mT @ coefficients)
+            each = (ours.double() * through.double()).sum(dim=1) / refinement.singular_values
+            return found + refinement.level * float(each.sum())
+
+        return response
 
     def solve(self) -> Solution:
         """As `NormalEquations.solve`."""
         assert self.inner is not None
         factor = cholesky_factor(add_to_diagonal_(self.inner, self.ridge), what=self.name)
         self.inner = None
-        weight = solve_right(self.numerator, factor) @ self.rows
+        coefficients = solve_right(self.numerator, factor)
+        weight = coefficients @ self.rows
         if self.prior_scale is not None:
             along = self.rows.sum(dim=1)[None] * (self.prior_scale / self.rows.shape[1])
             add_prior_(weight, (solve_right(along, factor) @ self.rows)[0])
@@ -63,7 +100,7 @@ class _StackedRows:
             # The q < n rows leave directions in which only the ridge acts, so it is the smallest eigenvalue.
             condition=largest_eigenvalue(factor) / self.ridge if diagnostics_wanted() else None,
             column_basis=self.column_basis,
-            numerator=self.numerator @ self.rows if self.keep_numerator else None,
+            response=self._response(coefficients) if self.keep_numerator else None,
         )
 
 
@@ -114,6 +151,10 @@ def assemble_stacked_rows(
         correlation = moment_correlation(
             moments, shares, summed_squared_norm=squared_norm(inner), dimensions=rows.shape[1]
         )
+    large_ridge = any(
+        ridge * (rows_t.block.stop - rows_t.block.start) > _LARGE_RIDGE * weight * moment.trace
+        for rows_t, weight, moment in zip(experts, weights, moments, strict=True)
+    )
     # A task vector is its basis times `units[t]` times its scaled rows.
     units = [weight**-0.5 if weight > 0 else 0.0 for weight in weights]
 
@@ -134,6 +175,7 @@ def assemble_stacked_rows(
         else None,
         column_basis=_column_basis(experts, task_vectors.shape),
         keep_numerator=options.bounds.retention,
+        by_coefficients=not (options.structural_prior or decision.refined_residual or large_ridge),
         moments=moments,
         correlation=correlation,
     )

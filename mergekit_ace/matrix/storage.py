@@ -19,6 +19,8 @@ _TWICE_ROUNDED = 1.1
 # finest steps, which give the size of the update.
 _SAMPLE = 1 << 16
 _FINEST, _FEWEST = 0.05, 256
+# The bits of a float32's exponent.
+_EXPONENT = 0x7F800000
 # Steps of at least half a deviation, so many to each side: beyond ten deviations the density is 0.
 _JUMPS = 20
 
@@ -111,15 +113,26 @@ def expected_rounding_energies(
     """
     if not any(formats):  # nothing to wait for
         return [0.0] * len(experts)
-    same = {known[0]: _round_trips(base, known[0]) for known in formats if known}
-    shares = [
-        torch.where(same[known[0]], _lost_share(base, expert, known[0]), _rounded_energy(expert, known[0]) / energy)
-        if known and energy > 0
-        else torch.zeros((), dtype=torch.float64, device=base.device)
-        for expert, known, energy in zip(experts, formats, energies, strict=True)
-    ]
+    same = {known[0]: _round_trips(base, known[0]) for known in formats if known and known[0] != base.dtype}
+    shares = []
+    for expert, known, energy in zip(experts, formats, energies, strict=True):
+        if not known or energy <= 0:
+            shares.append(torch.zeros((), dtype=torch.float64, device=base.device))
+            continue
+        share = _lost_share(base, expert, known[0])
+        if known[0] in same:
+            share = torch.where(same[known[0]], share, _rounded_energy(expert, known[0]) / energy)
+        shares.append(share)
     found: list[float] = torch.stack(shares).clamp(max=1).tolist()
     return [share * energy for share, energy in zip(found, energies, strict=True)]
+
+
+def rounding_norm(values: Tensor, storage: torch.dtype) -> float:
+    """Expected `||storage(X) - X||_F` of numbers of the size of `values`; from a sample."""
+    stride = max(1, values.numel() // _SAMPLE)
+    sample = values.flatten()[::stride]
+    energy = float(_rounded_energy(sample, storage))
+    return math.sqrt(energy * values.numel() / max(1, sample.numel()))
 
 
 def _rounded_energy(values: Tensor, storage: torch.dtype) -> Tensor:
@@ -133,10 +146,9 @@ def _rounded_energy(values: Tensor, storage: torch.dtype) -> Tensor:
 def _steps(values: Tensor, storage: torch.dtype) -> Tensor:
     """The distance between neighboring numbers of a format at each value, float32."""
     information = torch.finfo(storage)
-    # ulp(x) = eps 2^floor(log2 |x|), and frexp gives |x| = f 2^e with f in [1/2, 1)
-    exponent = torch.frexp(values.float()).exponent - 1
-    steps = torch.ldexp(torch.full_like(exponent, information.eps, dtype=torch.float32), exponent)
-    return steps.clamp_(min=information.smallest_normal * information.eps)
+    # ulp(x) = eps 2^floor(log2 |x|): float32 without its sign and its significand
+    powers = (values.float().view(torch.int32) & _EXPONENT).view(torch.float32)
+    return (powers * information.eps).clamp_(min=information.smallest_normal * information.eps)
 
 
 def _lost_share(base: Tensor, expert: Tensor, storage: torch.dtype) -> Tensor:

@@ -15,9 +15,11 @@ from mergekit_ace.linalg.precision import require_full_float32, squared_norms, w
 from mergekit_ace.matrix.coordinates import Coordinates
 from mergekit_ace.matrix.expert import Expert, difference, require_finite_update, voting_experts
 from mergekit_ace.matrix.storage import (
+    COARSE_FORMATS,
     Formats,
     expected_rounding_energies,
     first_look,
+    rounding_norm,
     storage_floors,
     storage_formats,
 )
@@ -126,6 +128,16 @@ class TaskVectors:
         m, n = self.shape
         return torch.finfo(self.dtype).eps / 2 * self.base_norm / math.sqrt(m * n) * (math.sqrt(m) + math.sqrt(n))
 
+    @property
+    def output_rounding(self) -> float:
+        """`||.||_F` that rounding the merged weights to the base's dtype is expected to add; 0 for float32 and float64.
+
+        Merged weights have the size of the base's.
+        """
+        if self.base.dtype not in COARSE_FORMATS or self.coordinates is not None:
+            return 0.0
+        return rounding_norm(self.base, self.base.dtype)
+
     def rounding_energies(self) -> list[float]:
         """Energy that rounding to the stored format is expected to have added to each `D_t`."""
         tensors = [expert.tensor for expert in self.experts]
@@ -199,6 +211,11 @@ class TaskVectors:
     def task_vector(self, t: int) -> Tensor:
         """`D_t`, `[m, n]`, working dtype, in storage of its own that the caller may overwrite."""
         return difference(self.experts[t].tensor, self.base, self.dtype)
+
+    def sample(self, t: int, *, row_step: int, column_step: int) -> Tensor:
+        """Every `row_step`-th row of `D_t` at every `column_step`-th column, working dtype."""
+        rows, columns = slice(None, None, row_step), slice(None, None, column_step)
+        return difference(self.experts[t].tensor[rows, columns], self.base[rows, columns], self.dtype)
 
     def sum(self) -> Tensor:
         """`sum_t a_t D_t`, `[m, n]`, working dtype, with the shares `a_t`."""

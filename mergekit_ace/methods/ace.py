@@ -98,6 +98,13 @@ class Ace(LayerwiseMethod):
             description="norm of the merged update at most that of the sum of independent updates; 'auto': twice the "
             "sum of their norms. For adapters both are smaller",
         ),
+        parameter(
+            "precision",
+            Literal["auto", "full"] | Preset,
+            default="preset",
+            requirement="'auto' or 'full'",
+            description="'auto': weights stored in 16 bits are merged to an eighth of their rounding error",
+        ),
     )
 
     def options(self, parameters: Mapping[str, Any]) -> CovarianceOptions:
@@ -122,6 +129,7 @@ class Ace(LayerwiseMethod):
                 length=_LENGTH_BOUNDS.get(parameters["length_bound"], preset.bounds.length),
             ),
             correlation_threshold=given("correlation_threshold", preset.correlation_threshold),
+            precision=given("precision", preset.precision),
         )
 
     def settings(self, parameters: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -134,6 +142,7 @@ class Ace(LayerwiseMethod):
             "heterogeneity_threshold": gate.threshold if gate else 0.0,
             "spectral_fraction": refinement.fraction if refinement else 0.0,
             "structural_prior": options.structural_prior,
+            "precision": options.precision,
             "correlation_threshold": options.correlation_threshold,
             "retention_bound": options.bounds.retention,
             "length_bound": next(word for word, bound in _LENGTH_BOUNDS.items() if bound == options.bounds.length),

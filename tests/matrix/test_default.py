@@ -208,3 +208,20 @@ def test_correlation_is_that_of_all_pairs(shape: tuple[int, int], weights: list[
     most = sum(weights[s] * weights[t] * moments[s].norm() * moments[t].norm() for s, t in pairs)
     merged = merge_by_covariance(task_vectors, options)
     assert merged.correlation == pytest.approx(float(together / most), rel=1e-9)
+
+
+@pytest.mark.parametrize("rank", [8, 1100])
+def test_a_sample_shows_large_fine_tunes_to_be_no_adapters(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(1100, 2300, generator=generator)
+    experts = [
+        base + 0.01 * torch.randn(1100, rank, generator=generator) @ torch.randn(rank, 2300, generator=generator)
+        for _ in range(3)
+    ]
+    task_vectors = TaskVectors(base, [Expert(name=str(t), tensor=tensor) for t, tensor in enumerate(experts)])
+    looked_at = []
+    monkeypatch.setattr(
+        task_vectors, "task_vector", lambda t: looked_at.append(t) or TaskVectors.task_vector(task_vectors, t)
+    )
+    assert low_rank_share(task_vectors) == (1.0 if rank == 8 else 0.0)
+    assert looked_at == ([0, 1, 2] if rank == 8 else [])

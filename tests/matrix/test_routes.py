@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from mergekit_ace.matrix import merge
 from mergekit_ace.matrix.dense import assemble_dense
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.options import CovarianceOptions, SecondMoment
-from mergekit_ace.matrix.presets import ACE_PUBLISHED
+from mergekit_ace.matrix.presets import ACE, ACE_PUBLISHED, with_epsilon
 from mergekit_ace.matrix.row_factors import row_factors
 from mergekit_ace.matrix.workload import by_stacked_rows, multiply_adds, working_numbers
 from tests.matrix.experts import adapter_updates, in_float64, layer, steep_updates
@@ -89,3 +90,24 @@ def test_full_fine_tunes_take_the_route_that_is_counted_for_them(m: int, n: int,
 def test_few_rows_take_less_memory_and_arithmetic_than_the_same_layer_with_more_experts() -> None:
     assert working_numbers(512, 4096, 2) < working_numbers(512, 4096, 8) == working_numbers(512, 4096, 32)
     assert 4 * multiply_adds(512, 4096, 2) < multiply_adds(512, 4096, 8)
+
+
+def one_fully_shrunk() -> list[Tensor]:
+    """The second moment of few orthogonal rows is a multiple of the identity as far as they can tell."""
+    return [steep_updates(8, 64, 1)[0], torch.eye(8, 64, dtype=torch.float64)]
+
+
+RESPONDING = {**LAYERS, "one fully shrunk": one_fully_shrunk}
+
+
+@pytest.mark.parametrize("ridge", ["auto", 1e-6, 1e3])
+@pytest.mark.parametrize("kind", [*LAYERS, "one fully shrunk"])
+def test_few_rows_respond_as_their_numerator_does(
+    kind: str, ridge: float | Literal["auto"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(with_epsilon(ACE, ridge), correlation_threshold=0.0)
+    updates = RESPONDING[kind]()
+    few_rows = merge_by_covariance(layer(updates), options)
+    by_dense(monkeypatch)
+    dense = merge_by_covariance(layer(updates), options)
+    assert few_rows.retention == pytest.approx(dense.retention, rel=1e-8)

@@ -118,3 +118,11 @@ def test_expected_rounding_energy_is_that_of_real_rounding(storage: torch.dtype)
     # a value that was rounded back to the base's adds nothing
     stored = base.to(storage)
     assert expected_rounding_energy(stored, stored.clone()) == 0.0
+
+
+def test_a_weight_of_zero_has_the_smallest_step() -> None:
+    base = weights((64, 64), seed=1)
+    tuned = fine_tuned(base).bfloat16().float()
+    tuned[::2] = 0.0
+    half = float((tuned[1::2].double() - fine_tuned(base)[1::2].double()).square().sum())
+    assert expected_rounding_energy(base, tuned) == pytest.approx(half, rel=0.1)

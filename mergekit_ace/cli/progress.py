@@ -107,6 +107,8 @@ def _fields(event: Event) -> dict[str, Any]:
             "file": receipt.file,
             "tensors": len(receipt.tensors),
             "seconds": receipt.seconds,
+            "reading_seconds": receipt.reading,
+            "writing_seconds": receipt.writing,
             "host": receipt.maker.host,
             "sha256": receipt.sha256,
         }
@@ -127,6 +129,9 @@ def outcome_fields(outcome: Outcome) -> dict[str, Any]:
         "treatments": outcome.treatments,
         "warnings": [notice.text for notice in outcome.warnings],
         "seconds": round(outcome.seconds, 3),
+        "work_seconds": round(outcome.work, 3),
+        "reading_seconds": round(outcome.reading, 3),
+        "writing_seconds": round(outcome.writing, 3),
     }
 
 
@@ -140,6 +145,9 @@ def summary(outcome: Outcome) -> str:
         f"{outcome.out}: {what}, {decimal(outcome.nbytes)} in {outcome.files} files{taken}",
         f"{outcome.tensors} tensors{f' ({kinds})' if kinds and not outcome.is_part else ''} in {duration}",
     ]
+    if outcome.work:
+        waited = f"{outcome.reading:.1f} s for inputs and {outcome.writing:.1f} s for output to be written"
+        lines.append(f"workers waited {waited}, of {outcome.work:.1f} s in all")
     if outcome.warnings:
         lines.append(f"{len(outcome.warnings)} warnings:")
         lines += [f"  {notice.text}" for notice in outcome.warnings]

@@ -87,6 +87,12 @@ class Outcome:
     lost: tuple[Finding, ...]
     """Input tensors that no output tensor is made of, by model."""
     seconds: float
+    work: float
+    """Seconds of all workers together, of the files that this run made."""
+    reading: float
+    """Of these, waiting for inputs."""
+    writing: float
+    """Of these, waiting for output to be written."""
     is_part: bool
 
 
@@ -128,7 +134,8 @@ def merge(request: Request, employ: Employ, watch: Watcher = lambda event: None)
         early = tuple(notices)
         site = Site(request=request, plan=plan, work=work, folder=folder, stage=stage, watch=watch)
         made = stack.enter_context(contextlib.closing(_make(site, employ, by_cost(todo), list(taken.values()))))
-        receipts = [*taken.values(), *made]
+        now = list(made)
+        receipts = [*taken.values(), *now]
         _finish(request, work, receipts, stage.folder)
         counts = dict(treatments(plan))
     return Outcome(
@@ -141,6 +148,9 @@ def merge(request: Request, employ: Employ, watch: Watcher = lambda event: None)
         warnings=first_of_each([*early, *(notice for receipt in receipts for notice in receipt.warnings)]),
         lost=lost,
         seconds=time.perf_counter() - started,
+        work=sum(receipt.seconds for receipt in now),
+        reading=sum(receipt.reading for receipt in now),
+        writing=sum(receipt.writing for receipt in now),
         is_part=request.is_part,
     )
 

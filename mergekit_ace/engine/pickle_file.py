@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,8 @@ class Pickle:
     def __init__(self, file: Path, planned: Sequence[OutputTensor]) -> None:
         self._file = file
         self._tensors: dict[str, Tensor] = {}
+        self.waited = 0.0
+        """As `TensorFile.waited`."""
         self.sha256 = ""
         """As `TensorFile.sha256`."""
 
@@ -34,6 +37,7 @@ class Pickle:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is not None or not self._tensors:
             return
+        started = time.perf_counter()
         partial = temporary_name(self._file)
         try:
             torch.save(self._tensors, partial)
@@ -43,3 +47,4 @@ class Pickle:
             partial.replace(self._file)
         finally:
             partial.unlink(missing_ok=True)
+        self.waited += time.perf_counter() - started

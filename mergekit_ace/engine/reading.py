@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -36,6 +37,8 @@ class ReadingAhead:
         self._ahead: Future[Gathered] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="reading")
         self._files = ExitStack()
+        self.waited = 0.0
+        """Seconds that `next` has taken."""
 
     def __enter__(self) -> ReadingAhead:
         # Entered in the reading thread: mergekit keeps its open files by thread.
@@ -54,8 +57,10 @@ class ReadingAhead:
         Raises:
             ValueError, RuntimeError, KeyError, OSError, SafetensorError: it cannot be read.
         """
+        started = time.perf_counter()
         reading = self._ahead or self._read(self._place)
         gathered = reading.result()
+        self.waited += time.perf_counter() - started
         self._place += 1
         self._ahead = None
         if self._place < len(self._tensors) and self._fits(self._place):

@@ -47,6 +47,10 @@ class Receipt(BaseModel, frozen=True, extra="forbid"):
     inputs: dict[str, Fingerprint]
     """The files that it was made from, as they were."""
     seconds: float
+    reading: float
+    """Seconds of these that the worker waited for inputs."""
+    writing: float
+    """Seconds of these that it waited for what was merged before to be written."""
     warnings: tuple[Notice, ...]
     maker: Maker
     seal: str = ""

@@ -8,11 +8,11 @@ import platform
 import socket
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers.trainer_utils import set_seed
 
 from mergekit_ace.engine.pickle_file import Pickle
@@ -25,6 +25,16 @@ from mergekit_ace.recipe.plan import Plan, PlannedTensor
 
 OnTensor = Callable[[str, float], None]
 """Told each tensor's name and seconds, when it is merged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """A file that was written: what is in it, and the seconds that its maker waited for inputs and for the disk."""
+
+    names: set[str]
+    sha256: str
+    reading: float
+    writing: float
 
 
 class ShardMaker:
@@ -64,41 +74,37 @@ class ShardMaker:
         started = time.perf_counter()
         with noticed() as notices:
             self._require_unchanged(shard)
-            made, sha256 = self._written(shard)
+            made = self._write(shard)
         return Receipt(
             key=self._work.key(shard),
             file=shard.file,
-            tensors=tuple(tensor for tensor in shard.tensors if tensor.name in made),
-            absent=tuple(tensor.name for tensor in shard.tensors if tensor.name not in made),
-            sha256=sha256,
+            tensors=tuple(tensor for tensor in shard.tensors if tensor.name in made.names),
+            absent=tuple(tensor.name for tensor in shard.tensors if tensor.name not in made.names),
+            sha256=made.sha256,
             inputs=self._work.sources(shard),
             seconds=round(time.perf_counter() - started, 3),
+            reading=round(made.reading, 3),
+            writing=round(made.writing, 3),
             warnings=tuple(notices),
             maker=this_maker(self._plan.device),
         ).sealed()
 
-    def _written(self, shard: Shard) -> tuple[set[str], str]:
-        """Merge and write; the names of what was made, and the file's SHA-256."""
-        outputs, file, made = layout(shard.tensors), self._folder / shard.file, set()
-        opened = TensorFile if file.suffix == ".safetensors" else Pickle
-        with opened(file, outputs) as writing:
-            for output, merged in self._merged(outputs):
-                writing.write(output, merged)
-                made.add(output.name)
-            self._require_unchanged(shard)
-        return made, writing.sha256
-
-    def _merged(self, outputs: Sequence[OutputTensor]) -> Iterator[tuple[OutputTensor, Tensor]]:
+    def _write(self, shard: Shard) -> _Made:
+        outputs, file, names = layout(shard.tensors), self._folder / shard.file, set()
         planned = [self._tensors[output.name] for output in outputs]
-        with ReadingAhead(self._plan, planned, self._memory) as inputs:
+        opened = TensorFile if file.suffix == ".safetensors" else Pickle
+        with opened(file, outputs) as writing, ReadingAhead(self._plan, planned, self._memory) as inputs:
             for output, tensor in zip(outputs, planned, strict=True):
                 started = time.perf_counter()
                 self._seed(tensor)
                 merged = tensor.merge(inputs.next())
                 if merged is not None:
                     _require_as_planned(output, described(output.name, merged))
-                    yield output, merged
+                    writing.write(output, merged)
+                    names.add(output.name)
                 self._on_tensor(output.name, time.perf_counter() - started)
+            self._require_unchanged(shard)
+        return _Made(names=names, sha256=writing.sha256, reading=inputs.waited, writing=writing.waited)
 
     def _seed(self, tensor: PlannedTensor) -> None:
         """Methods that draw numbers draw the same ones for a tensor whoever makes it, and after what."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -51,6 +52,8 @@ class TensorFile:
         self._digest = hashlib.sha256()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writing")
         self._pending: Future[None] | None = None
+        self.waited = 0.0
+        """Seconds that `write` and the end have taken."""
         self.sha256 = ""
         """Of the file, once it is there; empty where no tensor was written, and no file is."""
 
@@ -66,11 +69,14 @@ class TensorFile:
             tensor: of those planned, after the last one; some may be left out.
             values: of its shape and dtype, not to be modified afterwards.
         """
+        started = time.perf_counter()
         self._settle()
+        self.waited += time.perf_counter() - started
         self._written.append(tensor)
         self._pending = self._thread.submit(self._write, values)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        started = time.perf_counter()
         try:
             if error is None:
                 self._settle()
@@ -82,6 +88,7 @@ class TensorFile:
             finally:
                 self._stream.close()
                 self._partial.unlink(missing_ok=True)
+        self.waited += time.perf_counter() - started
 
     def _finish(self) -> None:
         complete = len(self._written) == len(self._planned)

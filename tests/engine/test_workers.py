@@ -1,9 +1,11 @@
 """Several processes give the bytes of one; what stops one of them is named, and the merge can be gone on with."""
 
+import importlib
 import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,6 +59,37 @@ def test_two_processes_give_the_bytes_of_one(name: str, folder: Path, tmp_path: 
     assert sum(event["event"] == "tensor" for event in events) == 30
     assert events[-1]["event"] == "done"
     assert events[-1]["tensors"] == 30
+    made_in = [event for event in events if event["event"] == "file"]
+    for phase in ("reading", "writing"):
+        assert events[-1][f"{phase}_seconds"] == pytest.approx(sum(event[f"{phase}_seconds"] for event in made_in))
+    assert events[-1]["work_seconds"] == pytest.approx(sum(event["seconds"] for event in made_in))
+
+
+@pytest.mark.parametrize(("slow", "phase"), [("reading._gather", "reading"), ("tensor_file.os.fsync", "writing")])
+def test_a_merge_that_waits_for_its_disk_says_so(
+    slow: str, phase: str, folder: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, _, function = slow.partition(".")
+    owner = importlib.import_module(f"mergekit_ace.engine.{module}")
+    *holders, name = function.split(".")
+    for holder in holders:
+        owner = getattr(owner, holder)
+    act, delay = getattr(owner, name), 0.3
+
+    def late(argument: object) -> object:
+        time.sleep(delay)
+        return act(argument)
+
+    monkeypatch.setattr(owner, name, late)
+    log = tmp_path / "log.jsonl"
+    result = invoke("merge", folder / "full.yml", tmp_path / "out", "--no-copy-tokenizer", "--log-json", log)
+    assert result.exit_code == 0, result.output
+    done = json.loads(log.read_text().splitlines()[-1])
+    assert delay <= done[f"{phase}_seconds"] <= done["work_seconds"]
+    expected = (
+        f"workers waited {done['reading_seconds']:.1f} s for inputs and {done['writing_seconds']:.1f} s for output"
+    )
+    assert expected in result.output
 
 
 def _killing(at: str) -> Callable[..., object]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Level = Literal["ok", "warning", "error"]
 # Not required by this package itself, but part of what mergekit does with adapters and tokenizers.
-_ALSO_SHOWN = ("peft", "tokenizers", "huggingface_hub", "numpy")
+_ALSO_SHOWN = ("peft", "tokenizers", "numpy")
 _PRECISION_VARIABLES = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE")
 _HOOK_IS_ARMED = "import sys; print(any(type(finder).__name__ == '_RegistryFinder' for finder in sys.meta_path))"
 

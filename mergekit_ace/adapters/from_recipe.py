@@ -14,6 +14,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_ace.adapters.request import Request, model_name
 from mergekit_ace.adapters.truncation import Rank
+from mergekit_ace.checkpoints.adapter_folders import base_of_adapter
 from mergekit_ace.factors.model import Adapter
 from mergekit_ace.factors.opening import open_adapter
 from mergekit_ace.factors.tensors import AdapterError
@@ -82,10 +83,7 @@ def _experts(config: MergeConfiguration) -> list[tuple[ModelReference, Any]]:
     experts = [(entry.model, entry.parameters) for entry in config.models if entry.model != config.base_model]
     for model, _ in experts:
         if model.lora is None:
-            raise AdapterError(
-                f"models of a recipe for --adapter must be base+adapter; {model} is a whole model. Extract an adapter "
-                "from it (mergekit-extract-lora), or merge without --adapter"
-            )
+            raise AdapterError(f"models of a recipe for --adapter must be base+adapter; {_other_kind(model, config)}")
         if model.model != config.base_model.model:
             raise AdapterError(
                 f"adapters must be put on the recipe's base_model {config.base_model}; {model} is put on "
@@ -94,6 +92,12 @@ def _experts(config: MergeConfiguration) -> list[tuple[ModelReference, Any]]:
     if not experts:
         raise AdapterError("a recipe for --adapter must list at least one base+adapter; it lists none")
     return experts
+
+
+def _other_kind(model: ModelReference, config: MergeConfiguration) -> str:
+    if base_of_adapter(Path(model.model.path)) is not None:
+        return f"{model} is an adapter alone. Write {config.base_model}+{model}"
+    return f"{model} is a whole model. Extract an adapter from it (mergekit-extract-lora), or merge without --adapter"
 
 
 def _local(model: ModelReference, options: MergeOptions) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mergekit.common import ModelReference
@@ -21,26 +21,30 @@ _QUANTIZED_NAME = re.compile(r"(?:^|[-_.])(?:bnb|4-?bit|8-?bit|int4|int8|nf4|fp4
 
 def check_adapters(recipe: Recipe, options: MergeOptions) -> Iterator[Finding]:
     """Settings that adapters need, and bases that they were not trained on."""
-    for model in in_recipe_order(recipe.config):
-        if model.lora is not None:
-            yield from _check_settings(model, options)
-            yield from _check_base(model)
-            yield from check_fit(model, options)
+    adapted = [model for model in in_recipe_order(recipe.config) if model.lora is not None]
+    if adapted:
+        yield from _check_settings(adapted, options)
+    for model in adapted:
+        yield from _check_base(model)
+        yield from check_fit(model, options)
 
 
-def _check_settings(model: ModelReference, options: MergeOptions) -> Iterator[Finding]:
+def _check_settings(adapted: Sequence[ModelReference], options: MergeOptions) -> Iterator[Finding]:
+    names = ", ".join(map(str, adapted))
     if not options.lora_merge_cache:
         yield Finding(
             level="error",
-            what=f"the adapter of {model} must be merged before it can be read, and there is no folder for that",
-            remedy="Add --lora-merge-cache FOLDER to the command.",
+            what="mergekit reads an adapter from a copy of its base that has the adapter merged in, and there is no "
+            f"folder for these copies: {names}",
+            remedy="Add --lora-merge-cache FOLDER, on a disk with space for one base each; or --adapter, which makes "
+            "one adapter and no copies.",
         )
     if options.lora_merge_dtype != "float32":
         yield Finding(
             level="hint",
-            what=f"the update of {model} is rounded to {options.lora_merge_dtype or 'the dtype of its base'} when its "
-            "adapter is merged",
-            remedy="--lora-merge-dtype float32 keeps it, and keeps it of low rank.",
+            what=f"the updates are rounded to {options.lora_merge_dtype or 'the dtype of the base'} when the adapters "
+            f"are merged into copies of it: {names}",
+            remedy="--lora-merge-dtype float32 keeps them, and keeps them of low rank; a copy takes 4 bytes a weight.",
         )
 
 

@@ -39,7 +39,7 @@ def require_device(options: MergeOptions) -> None:
     if (missing := missing_device(options)) is not None:
         option = "--multi-gpu" if options.multi_gpu else "--cuda" if options.cuda else f"--device {options.device}"
         raise RecipeError(
-            f"{option} needs what torch {torch.__version__} does not find here: {missing}. "
+            f"{option}: torch {torch.__version__} finds no {missing} on this machine. "
             "Leave the option out to merge on the CPU, or see mergekit-ace doctor"
         )
 

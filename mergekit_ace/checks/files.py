@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mergekit.common import ModelPath, ModelReference
 
+from mergekit_ace.checkpoints.adapter_folders import ADAPTER_FILES, base_of_adapter
 from mergekit_ace.checkpoints.headers import read_file, read_folder
 from mergekit_ace.checkpoints.hub import hub_model
 from mergekit_ace.checkpoints.pointers import pointer_words
@@ -31,7 +32,6 @@ _SMALL_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _FETCH_AGAIN = "Download or copy it again; a file may be missing or cut short."
 
 
@@ -123,6 +123,13 @@ def _check_hub(source: ModelPath) -> Iterator[Finding]:
 
 def _check_folder(folder: Path) -> Iterator[Finding]:
     configuration = folder / "config.json"
+    if (base := base_of_adapter(folder)) is not None:
+        yield Finding(
+            level="error",
+            what=f"{folder} is an adapter, and the recipe takes it for a model",
+            remedy=f"Write {base}+{folder}; with --adapter the result is an adapter too.",
+        )
+        return
     if not configuration.is_file():
         yield Finding(
             level="error", what=f"{folder} must hold config.json; it does not", remedy="Complete the checkpoint."
@@ -160,8 +167,6 @@ def _other_weights(folder: Path) -> str:
     )
     if not files:
         return ""
-    if any(name in _ADAPTER_FILES for name in files):
-        return f"; it holds {', '.join(files[:3])}: an adapter, which is written BASE+{folder}"
     return (
         f"; it holds {', '.join(files[:3])}, and mergekit reads model.safetensors, pytorch_model.bin, or shards with "
         "an index of those names"
@@ -179,9 +184,9 @@ def _check_adapter(model: ModelReference) -> Iterator[Finding]:
                 remedy="Check its path.",
             )
         return
-    files = [folder / name for name in _ADAPTER_FILES if (folder / name).is_file()]
+    files = [folder / name for name in ADAPTER_FILES if (folder / name).is_file()]
     if not (folder / "adapter_config.json").is_file() or not files:
-        lacking = "adapter_config.json" if files else " or ".join(_ADAPTER_FILES)
+        lacking = "adapter_config.json" if files else " or ".join(ADAPTER_FILES)
         yield Finding(
             level="error",
             what=f"the adapter {folder} of {model} must hold {lacking}; it does not",

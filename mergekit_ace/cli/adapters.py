@@ -14,6 +14,7 @@ from mergekit_ace.adapters.examination import Outlook, examine_adapters
 from mergekit_ace.adapters.from_recipe import request_of
 from mergekit_ace.adapters.truncation import Rank
 from mergekit_ace.adapters.write import write_merge
+from mergekit_ace.cli.counts import counted
 from mergekit_ace.staging import staged
 
 
@@ -43,7 +44,7 @@ def write_adapter(
         report = write_merge(request, folder, recipe=config_file.read_text(encoding="utf-8"))
     if not options.quiet:
         kept = "" if rank is None else f", which hold {report.energy_kept:.1%} of the energy"
-        click.echo(f"{out_path}: {len(report.adapters)} adapters in one of rank {report.rank}{kept}")
+        click.echo(f"{out_path}: {counted(len(report.adapters), 'adapter')} in one of rank {report.rank}{kept}")
 
 
 def check_adapters(config_file: Path, options: MergeOptions, *, rank: Rank, strict: bool) -> None:
@@ -53,7 +54,7 @@ def check_adapters(config_file: Path, options: MergeOptions, *, rank: Rank, stri
     examination = examine_adapters(config_file, options, rank=rank)
     print_findings(examination.findings, Console(highlight=False))
     errors, warnings = examination.count("error"), examination.count("warning")
-    click.echo(f"{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}")
+    click.echo(f"{counted(errors, 'error')}, {counted(warnings, 'warning')}")
     if examination.outlook is not None:
         for line in _described(examination.outlook):
             click.echo(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 
 import click
@@ -12,6 +13,7 @@ from rich.filesize import decimal
 from mergekit_ace.adapters.truncation import Rank
 from mergekit_ace.checks.whole_recipe import Examination, check_recipe
 from mergekit_ace.cli.adapters import check_adapters, parse_rank
+from mergekit_ace.cli.counts import counted
 from mergekit_ace.cli.help import Command
 
 _EXIT_STATUSES = {0: "no errors", 1: "errors (with --strict, warnings too)", 2: "the command line is wrong"}
@@ -46,16 +48,18 @@ def _show(examination: Examination) -> None:
     from mergekit_ace.report.terminal import print_findings
 
     print_findings(examination.findings, Console(highlight=False))
-    click.echo(f"{_count(examination.errors, 'error')}, {_count(examination.warnings, 'warning')}")
+    click.echo(f"{counted(examination.errors, 'error')}, {counted(examination.warnings, 'warning')}")
     cost = examination.cost
     if cost is not None:
         click.echo(f"reads {decimal(cost.read)}, writes {decimal(cost.written)}")
         click.echo(f"memory: about {decimal(cost.memory)}; on a device about {decimal(cost.workspace)} (estimates)")
         if cost.seconds is not None:
             click.echo(
-                f"time: about {cost.seconds:.0f} s of arithmetic on this machine, beside reading and writing (estimate)"
+                f"time: {_duration(cost.seconds)} of arithmetic on this machine, beside reading and writing (estimate)"
             )
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return "less than 1 s"
+    return f"about {seconds:.0f} s" if seconds < 120 else f"about {datetime.timedelta(seconds=round(seconds))}"

@@ -46,6 +46,8 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 def _in_folder(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    if value is not None and str(value) == "-":
+        raise click.BadParameter("must be a file; the standard output holds the summary")
     if value is not None and not value.absolute().parent.is_dir():
         raise click.BadParameter(f"the folder {value.parent} must exist")
     return value

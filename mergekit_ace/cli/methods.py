@@ -48,7 +48,13 @@ def _particular(method: LayerwiseMethod) -> tuple[RecipeParameter, ...]:
 
 
 def _write_parameters(formatter: click.HelpFormatter, parameters: Iterable[RecipeParameter]) -> None:
-    rows = [(item.name, f"{item.description} [{item.requirement}; default: {item.default}]") for item in parameters]
+    rows = [
+        (
+            item.name,
+            f"{item.description} [{item.requirement}; default: {'none' if item.default == '' else item.default}]",
+        )
+        for item in parameters
+    ]
     if rows:
         formatter.write_dl(rows)
 

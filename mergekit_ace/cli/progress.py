@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from mergekit_ace.cli.counts import counted
 from mergekit_ace.engine.dry_run import DryRun
-from mergekit_ace.engine.events import Event, Planned, Said, ShardMade, TensorMade, Warned, Watcher
+from mergekit_ace.engine.events import Event, Noted, Planned, ShardMade, TensorMade, Warned, Watcher
 from mergekit_ace.engine.merging import Outcome
 from mergekit_ace.printable import printable
 
@@ -40,13 +41,13 @@ def progress_line(*, quiet: bool) -> Iterator[Watcher]:
                 elsewhere = event.elsewhere
                 for shard in event.todo:
                     costs.update(zip((tensor.name for tensor in shard.tensors), shard.costs, strict=True))
-                words = f"{len(event.todo)} files by {event.workers}"
+                words = f"{counted(len(event.todo), 'file')} by {event.workers}"
                 progress.update(task, description=words, total=sum(costs.values()))
                 if event.taken:
                     click.echo(_taken(event), err=True)
             elif isinstance(event, TensorMade):
                 progress.advance(task, costs.get(event.name, 0.0))
-            elif isinstance(event, Said):
+            elif isinstance(event, Noted):
                 click.echo(printable(event.text), err=True)
             elif isinstance(event, Warned) and elsewhere:  # our own log has shown those of this process
                 click.echo(f"WARNING: {printable(event.notice.text)}", err=True)
@@ -57,7 +58,7 @@ def progress_line(*, quiet: bool) -> Iterator[Watcher]:
 def _taken(event: Planned) -> str:
     names = sorted(receipt.file for receipt in event.taken)
     shown = ", ".join(names[:_MOST_FILES]) + (f" and {len(names) - _MOST_FILES} more" if names[_MOST_FILES:] else "")
-    return f"Going on with {len(names)} finished files: {shown}; {len(event.todo)} are to be made."
+    return f"Going on with {counted(len(names), 'finished file')}: {shown}; {len(event.todo)} are to be made."
 
 
 @contextlib.contextmanager
@@ -112,7 +113,7 @@ def _fields(event: Event) -> dict[str, Any]:
             "host": receipt.maker.host,
             "sha256": receipt.sha256,
         }
-    if isinstance(event, Said):
+    if isinstance(event, Noted):
         return {"event": "note", "text": event.text}
     return {"event": "warning", "cause": event.notice.cause, "text": event.notice.text}
 
@@ -142,14 +143,14 @@ def summary(outcome: Outcome) -> str:
     what = "a part of a model" if outcome.is_part else "a model"
     taken = f", {outcome.taken} of them from an earlier run" if outcome.taken else ""
     lines = [
-        f"{outcome.out}: {what}, {decimal(outcome.nbytes)} in {outcome.files} files{taken}",
-        f"{outcome.tensors} tensors{f' ({kinds})' if kinds and not outcome.is_part else ''} in {duration}",
+        f"{outcome.out}: {what}, {decimal(outcome.nbytes)} in {counted(outcome.files, 'file')}{taken}",
+        f"{counted(outcome.tensors, 'tensor')}{f' ({kinds})' if kinds and not outcome.is_part else ''} in {duration}",
     ]
     if outcome.work:
         waited = f"{outcome.reading:.1f} s for inputs and {outcome.writing:.1f} s for output to be written"
         lines.append(f"workers waited {waited}, of {outcome.work:.1f} s in all")
     if outcome.warnings:
-        lines.append(f"{len(outcome.warnings)} warnings:")
+        lines.append(f"{counted(len(outcome.warnings), 'warning')}:")
         lines += [f"  {notice.text}" for notice in outcome.warnings]
     lines.append(
         "Next: mergekit-ace join OUT_PATH with all parts"
@@ -173,14 +174,14 @@ def plan_text(run: DryRun) -> str:
     total = sum(shard.cost for shard in run.shards) or 1.0
     rows = [
         f"  {shard.file}  {decimal(shard.nbytes):>9}  {len(shard.tensors):>4} tensors  "
-        f"{shard.cost / total:>4.0%} of the work  reads {len(shard.reads)} files"
+        f"{shard.cost / total:>4.0%} of the work  reads {counted(len(shard.reads), 'file')}"
         for shard in run.shards
     ]
     part = f" of part {run.part.index}/{run.part.count}" if run.part else ""
     return printable(
         "\n".join(
             [
-                f"{len(run.shards)} files{part}:",
+                f"{counted(len(run.shards), 'file')}{part}:",
                 *rows,
                 f"reads {decimal(run.read)}, writes {decimal(run.written)}",
                 f"memory: about {decimal(run.memory)} a worker (estimate)",

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 from rich.filesize import decimal
 
+from mergekit_ace.cli.counts import counted
 from mergekit_ace.engine.verification import verify as verify_folder
 from mergekit_ace.printable import printable
 
@@ -14,10 +15,11 @@ from mergekit_ace.printable import printable
 @click.command("verify")
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def verify(folder: Path) -> None:
-    """Check the model in FOLDER, or a part of one: index, names, shapes, dtypes, values, vocabulary, digests.
+    """Check the model in FOLDER, or a part of one, or an adapter.
 
-    Reads every weight once. For models that others wrote too; what only `mergekit-ace merge` writes is checked where it
-    is there. Ends with status 1 if anything is wrong.
+    Index, names, shapes, dtypes, values, vocabulary, digests; of an adapter, keys, shapes and values. Reads every
+    weight once. For models that others wrote too; what only `mergekit-ace merge` writes is checked where it is there.
+    Ends with status 1 if anything is wrong.
     """
     found = verify_folder(folder)
     for problem in found.problems:
@@ -25,11 +27,8 @@ def verify(folder: Path) -> None:
     for note in found.notes:
         click.echo(printable(f"note: {note}"))
     click.echo(
-        f"{found.tensors} tensors, {decimal(found.nbytes)} in {found.files} files: {_verdict(len(found.problems))}"
+        f"{counted(found.tensors, 'tensor')}, {decimal(found.nbytes)} in {counted(found.files, 'file')}: "
+        + (counted(len(found.problems), "problem") if found.problems else "nothing wrong")
     )
     if found.problems:
         raise click.exceptions.Exit(1)
-
-
-def _verdict(problems: int) -> str:
-    return "nothing wrong" if not problems else f"{problems} problem{'s' if problems > 1 else ''}"

@@ -39,8 +39,8 @@ class ShardMade:
 
 
 @dataclass(frozen=True)
-class Said:
-    """A sentence for people, such as that an adapter is taken from the cache."""
+class Noted:
+    """Something worth knowing that is no warning, such as that an adapter is taken from the cache."""
 
     text: str
 
@@ -52,7 +52,7 @@ class Warned:
     notice: Notice
 
 
-Event = Planned | TensorMade | ShardMade | Said | Warned
+Event = Planned | TensorMade | ShardMade | Noted | Warned
 
 
 class Watcher(Protocol):

@@ -15,7 +15,7 @@ from mergekit_ace.checkpoints.fingerprint import file_digest
 from mergekit_ace.checks.unused import check_unused, require_all_used
 from mergekit_ace.engine import parts
 from mergekit_ace.engine.contents import require_each_once
-from mergekit_ace.engine.events import Planned, Said, ShardMade, Warned, Watcher
+from mergekit_ace.engine.events import Noted, Planned, ShardMade, Warned, Watcher
 from mergekit_ace.engine.files import write_files, write_index
 from mergekit_ace.engine.part import Part
 from mergekit_ace.engine.plan import MergePlan, plan_merge, treatments
@@ -174,7 +174,7 @@ def _say_adapters(recipe: Recipe, options: MergeOptions, watch: Watcher) -> None
         if model.lora is not None and options.lora_merge_cache:
             entry = adapter_folder(model, options) / adapter_entry_name(model)
             if entry.is_dir():
-                watch(Said(f"Taking {model} from the adapter cache, where it was merged before: {entry}"))
+                watch(Noted(f"Taking {model} from the adapter cache, where it was merged before: {entry}"))
 
 
 def _part(work: MergePlan, part: Part) -> MergePlan:
@@ -219,12 +219,12 @@ def _write_others(request: Request, plan: Plan, folder: Path) -> None:
 def _make(
     site: Site, employ: Employ, todo: Sequence[Shard], taken: Sequence[Receipt]
 ) -> Generator[Receipt, None, None]:
-    said: set[str] = set()
+    known: set[str] = set()
 
     def warn(notices: Sequence[Notice]) -> None:
         for notice in notices:
-            if notice.cause not in said:
-                said.add(notice.cause)
+            if notice.cause not in known:
+                known.add(notice.cause)
                 site.watch(Warned(notice))
 
     with employ(site) as workers:

@@ -16,12 +16,14 @@ from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
+from mergekit_ace.checkpoints.adapter_folders import ADAPTER_FILES, base_of_adapter
 from mergekit_ace.checkpoints.fingerprint import file_digest
 from mergekit_ace.engine import joining, parts
 from mergekit_ace.engine.architecture import Expected, expected_tensors
 from mergekit_ace.engine.contents import contents
 from mergekit_ace.engine.record import RECORD, Record
 from mergekit_ace.engine.shards import OutputTensor
+from mergekit_ace.factors.opening import open_adapter
 from mergekit_ace.recipe.failures import READING, message_of
 
 _WEIGHTS = re.compile(r"^(?:model|pytorch_model)(?:-(\d+)-of-(\d+))?\.(?:safetensors|bin)$")
@@ -50,6 +52,9 @@ def verify(folder: Path) -> Verification:
     if (folder / parts.MANIFEST).exists():
         _verify_part(found)
         return found
+    if base_of_adapter(folder) is not None:
+        _verify_adapter(found)
+        return found
     placed = _check_index(found)
     tensors = {name: tensor for file in placed.values() for name, tensor in file.items()}
     found.files, found.tensors = len(placed), len(tensors)
@@ -75,6 +80,26 @@ def _verify_part(found: Verification) -> None:
     found.files = len(manifest.receipts)
     made = [tensor for receipt in manifest.receipts for tensor in receipt.tensors]
     found.tensors, found.nbytes = len(made), sum(tensor.nbytes for tensor in made)
+
+
+def _verify_adapter(found: Verification) -> None:
+    """Keys, shapes and configuration are those of an adapter that can be merged, and every number is finite."""
+    files = [found.folder / name for name in ADAPTER_FILES if (found.folder / name).is_file()]
+    found.files = len(files)
+    for file in files:
+        try:
+            held = contents(file)
+            found.tensors += len(held)
+            found.nbytes += sum(tensor.nbytes for tensor in held.values())
+        except READING as error:
+            found.problems.append(f"{file.name} cannot be read: {message_of(error)}")
+            return
+    _check_values(found, {file: {} for file in files}, {})
+    try:
+        open_adapter(found.folder)
+    except ValueError as error:
+        found.problems.append(message_of(error))
+    found.notes.append("this is an adapter: whether its base has these modules is not checked")
 
 
 def _check_index(found: Verification) -> dict[Path, dict[str, OutputTensor]]:

@@ -84,7 +84,8 @@ def parse_document(text: str, path: Path) -> Mapping[str, Any]:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} must be a YAML file; {message_of(error)}") from error
     if not isinstance(document, Mapping):
-        raise RecipeError(f"{path} must hold a mapping with merge_method and models; got {type(document).__name__}")
+        found = "it is empty" if document is None else f"got {type(document).__name__}"
+        raise RecipeError(f"{path} must hold a mapping with merge_method and models; {found}")
     return document
 
 

@@ -210,12 +210,29 @@ def test_an_input_axis_first_that_does_not_belong(llama: Suite, tmp_path: Path) 
     assert "though this family stores its matrices [out, in]" in warning
 
 
+def test_an_adapter_in_the_place_of_a_model_is_one_error_with_the_right_spelling(llama: Suite, tmp_path: Path) -> None:
+    adapter = add_adapter(llama.base.path, tmp_path / "a", rank=2, targets=["q_proj"], seed=0)
+    recipe = with_expert(llama, adapter)
+    (error,) = found(examine(recipe, tmp_path), "error")
+    assert f"{adapter} is an adapter, and the recipe takes it for a model" in error
+    assert f"Write {llama.base.path}+{adapter}" in error
+
+
+def test_an_empty_recipe_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yml").write_text("# nothing yet\n")
+    (error,) = found(check_recipe(tmp_path / "recipe.yml"), "error")
+    assert "must hold a mapping with merge_method and models; it is empty" in error
+
+
 def test_adapters_are_checked_without_being_merged(llama: Suite, tmp_path: Path) -> None:
     adapters = [add_adapter(llama.base.path, tmp_path / f"a{t}", rank=2, targets=["q_proj"], seed=t) for t in range(2)]
     recipe = document(llama, models=[{"model": f"{llama.base.path}+{adapter}"} for adapter in adapters])
-    errors = found(examine(recipe, tmp_path), "error")
-    assert len(errors) == 2
-    assert all("--lora-merge-cache" in error for error in errors)
+    (error,) = found(examine(recipe, tmp_path), "error")
+    assert "--lora-merge-cache" in error
+    assert "--adapter" in error
+    assert all(str(adapter) in error for adapter in adapters)
+    (hint,) = found(examine(recipe, tmp_path), "hint")
+    assert "--lora-merge-dtype float32" in hint
     cache = tmp_path / "cache"
     examination = examine(recipe, tmp_path, lora_merge_cache=str(cache), lora_merge_dtype="float32")
     assert examination.findings == ()

@@ -34,6 +34,8 @@ def test_a_sound_installation_is_status_0() -> None:
     assert "Merges work here." in result.output
     for name, value in (("torch", torch.__version__), ("mergekit", "0.1.5"), ("in a new process", "armed")):
         assert re.search(rf"^  ok +{name} +{re.escape(value)}$", result.output, re.MULTILINE)
+    names = [fact["name"].replace("_", "-") for fact in json.loads(run("--json").output)]
+    assert len(set(names)) == len(names)
 
 
 def test_a_version_that_is_not_allowed_is_named_with_the_command_that_mends_it(monkeypatch: Any) -> None:

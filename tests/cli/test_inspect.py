@@ -104,6 +104,14 @@ def test_an_output_that_cannot_be_written_is_told_before_measuring(recipe: Path,
     assert "must exist" in result.output
 
 
+def test_a_dash_is_no_file(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(recipe, "--json", "-")
+    assert result.exit_code == 2
+    assert "must be a file" in result.output
+    assert not Path("-").exists()
+
+
 def test_a_sample_and_patterns_measure_some_tensors_and_say_so(recipe: Path, tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     result = run(recipe, "--fast", "--sample", 2, "--only-tensors", "*.mlp.*", "--json", file)

@@ -132,12 +132,16 @@ def test_recipes_that_hold_more_than_adapters_are_refused(
     shutil.copytree(suite.base.path, copied)
     for document, words in (
         ({"models": [{"model": adapter}, {"model": str(suite.experts[0].path)}]}, "is a whole model"),
+        ({"models": [{"model": adapter}, {"model": str(adapters[1])}]}, f"Write {base}+{adapters[1]}"),
         (
             {"models": [{"model": adapter}, {"model": f"{copied}+{adapters[1]}"}]},
             "must be put on the recipe's base_model",
         ),
         ({"models": [{"model": adapter}], "tokenizer": {"source": "base"}}, "must have no tokenizer"),
-        ({"slices": [{"sources": [{"model": adapter, "layer_range": [0, 1]}]}]}, "must list models"),
+        (
+            {"slices": [{"sources": [{"model": model, "layer_range": [0, 1]} for model in (base, adapter)]}]},
+            "must list models",
+        ),
         ({"models": [{"model": adapter}], "merge_method": "ties"}, "must be one that gives an adapter"),
     ):
         file = tmp_path / "recipe.yml"

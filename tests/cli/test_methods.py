@@ -23,7 +23,8 @@ def test_every_registered_method_is_listed_with_its_source_and_parameters() -> N
     for method in mergekit_ace.METHODS:
         assert f"{method.name} ({method.pretty_name}, {method.reference_url})" in text
         for parameter in method.own_parameters:
-            assert f"[{parameter.requirement}; default: {parameter.default}]" in text
+            default = "none" if parameter.default == "" else parameter.default
+            assert f"[{parameter.requirement}; default: {default}]" in text
     for name in ("weight", "lambda", "matrices", "embeddings", "input_axis"):
         assert f" {name} " in text
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import edit_tensors, make_suite, save_tokenizer
+from tests.checkpoints import add_adapter, edit_tensors, make_suite, save_tokenizer
 from tests.cli.conftest import Invoke
 
 FAMILIES = [
@@ -149,6 +149,32 @@ def test_models_that_others_wrote_pass(family: str, tmp_path: Path, invoke: Invo
     result = invoke("verify", suite.base.path)
     assert result.exit_code == 0, result.output
     assert "digests are not checked" in result.output
+
+
+@pytest.fixture
+def adapter(merged: Path, tmp_path: Path) -> Path:
+    return add_adapter(merged, tmp_path / "adapter", rank=2, targets=["q_proj"], seed=0)
+
+
+def test_an_adapter_is_verified_too(adapter: Path, invoke: Invoke) -> None:
+    result = invoke("verify", adapter)
+    assert result.exit_code == 0, result.output
+    assert "note: this is an adapter" in result.output
+    assert "in 1 file: nothing wrong" in result.output
+
+
+def test_faults_of_an_adapter_are_found(adapter: Path, invoke: Invoke) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(name for name in tensors if "lora_B" in name)
+    save_file({**tensors, name: torch.full_like(tensors[name], float("nan"))}, weights)
+    result = invoke("verify", adapter)
+    assert result.exit_code == 1
+    assert f"tensors hold NaN or infinity: {name}" in result.output
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, weights)
+    result = invoke("verify", adapter)
+    assert result.exit_code == 1
+    assert "1 problem" in result.output
 
 
 def test_a_part_is_verified_too(tmp_path: Path, recipe: Path, invoke: Invoke) -> None:

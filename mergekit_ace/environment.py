@@ -1,4 +1,4 @@
-"""What a merge meets on this machine: versions, the startup hook, devices, the precision of float32 products."""
+"""What matters to a merge on this machine: versions, the startup hook, devices, the precision of float32 products."""
 
 from __future__ import annotations
 

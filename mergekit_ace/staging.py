@@ -3,7 +3,7 @@
 A folder `OUT` is written as `OUT.partial/new/OUT`, beside it, and renamed at the end. A run holds a lock on
 `OUT.partial/lock` for as long as it runs; what a run that was killed has left behind is removed by the next one for
 the same target. A folder that is replaced stays whole until its successor is, as `OUT.partial/previous` for the moment
-between the two renames; should a run die in that moment, the next one puts it back.
+between the two renames; should a run end in that moment, the next one puts it back.
 
 A merge of hours is made in pieces, and each that is finished leaves a receipt in `OUT.partial/receipts`. While there
 is one, nothing is removed that the next run could go on with.

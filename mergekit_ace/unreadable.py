@@ -1,4 +1,4 @@
-"""What reading a damaged checkpoint raises, and what a message says of it."""
+"""What reading a damaged checkpoint raises, and the message for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ READING = (ValueError, RuntimeError, KeyError, OSError, EOFError, SafetensorErro
 
 def message_of(error: BaseException) -> str:
     """The error's own words; its type too where those alone do not tell what happened (a key, a library's code)."""
-    if isinstance(error, UnpicklingError):  # torch's own words go on to say how to run the code
+    if isinstance(error, UnpicklingError):  # torch's own message explains how to run the code
         return (
             "a pickle is damaged or holds more than tensors; nothing in it was run. Take that model as safetensors; "
             "mergekit-ace check names it"

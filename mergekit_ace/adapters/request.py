@@ -147,7 +147,7 @@ def _require_kinship(adapters: Sequence[Adapter], base: str | None) -> None:
             if model_name(theirs) != model_name(named[0][1]):
                 raise AdapterError(
                     f"adapters must be of one base model; {named[0][0]} was trained on {named[0][1]}, {name} on "
-                    f"{theirs}. Say which base they share if both are the same model"
+                    f"{theirs}. Name the base that they share (base=) if both are the same model"
                 )
     same_base = len(named) == len(adapters) and len({model_name(theirs) for _, theirs in named}) == 1
     stems = [_stems(adapter) for adapter in adapters]

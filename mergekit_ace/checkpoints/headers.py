@@ -43,7 +43,7 @@ _MOST_NAMES = 3
 
 @dataclass(frozen=True, kw_only=True)
 class TensorHeader:
-    """What a file says about one tensor."""
+    """Shape and dtype of one tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -171,7 +171,7 @@ def _safetensors(path: Path) -> dict[str, TensorHeader]:
             return {name: header_of(part.get_shape(), part.get_dtype()) for name, part in slices.items()}
     except FileNotFoundError:
         raise
-    except Exception as error:  # safetensors says what is wrong, but not with which file
+    except Exception as error:  # safetensors names what is wrong, but not the file
         raise RuntimeError(f"{path} must be a whole safetensors file; {error}") from error
 
 
@@ -180,7 +180,7 @@ def _pickle(path: Path) -> dict[str, TensorHeader]:
         tensors = torch.load(path, map_location="meta", weights_only=True)
     except FileNotFoundError:
         raise
-    except UnpicklingError as error:  # torch's own words go on to say how to run the code
+    except UnpicklingError as error:  # torch's own message explains how to run the code
         raise RuntimeError(
             f"{path} must be a whole pickle of tensors; it is damaged or holds more, and nothing in it was run. "
             "Take the model as safetensors, from a source that you trust"

@@ -27,7 +27,7 @@ State = Literal["read", "absent", "no safetensors", "unreachable"]
 
 @dataclass(frozen=True, kw_only=True)
 class HubModel:
-    """What the hub says about a model.
+    """What the hub has of a model.
 
     Attributes:
         state: `read`: its headers are here; `absent`: the hub has no such model, or not for us; `no safetensors`:
@@ -63,7 +63,7 @@ def hub_model(source: ModelPath) -> HubModel:
         found = huggingface_hub.get_safetensors_metadata(source.path, revision=source.revision)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         return _without("absent", error)
-    except NotASafetensorsRepoError as error:  # also said of models that are not there, or private
+    except NotASafetensorsRepoError as error:  # also raised for models that are not there, or private
         return _without("no safetensors" if _exists(source) else "absent", error)
     except Exception as error:  # of the network, of its libraries, of a hub that is down
         return _without("unreachable", error)
@@ -92,7 +92,7 @@ def hub_json(source: ModelPath, name: str) -> Mapping[str, Any] | None:
 def _exists(source: ModelPath) -> bool:
     try:
         return huggingface_hub.repo_exists(source.path)
-    except Exception:  # the network has gone in between; the merge will tell
+    except Exception:  # the network has failed since; the merge reports it
         return True
 
 

@@ -29,7 +29,7 @@ def is_on_hub(source: ModelPath) -> bool:
 
 
 def model_headers(source: ModelPath) -> Mapping[str, TensorHeader]:
-    """Every tensor of a model, or of a single file of tensors, by its name; empty where the hub does not tell.
+    """Every tensor of a model, or of a single file of tensors, by its name; empty where the hub has no list of them.
 
     Raises:
         OSError, RuntimeError: as `read_folder`.

@@ -49,7 +49,7 @@ def check_fit(model: ModelReference, options: MergeOptions) -> Iterator[Finding]
     try:
         headers = read_file(file)
         config = peft.PeftConfig.from_pretrained(str(folder))
-    except READING:  # the checks of files say so
+    except READING:  # reported by the checks of files
         return
     if config.is_prompt_learning or str(getattr(config.peft_type, "value", config.peft_type)) in _NOT_MERGED:
         yield Finding(
@@ -105,7 +105,7 @@ def _check_keys(
 ) -> Iterator[Finding]:
     try:
         skeleton = _skeleton(model, options)
-    except Exception:  # a configuration that transformers cannot build: peft will not either, and says why
+    except Exception:  # a configuration that transformers cannot build: peft will not either, and reports why
         return
     try:
         with warnings.catch_warnings():

@@ -67,7 +67,7 @@ def _by_chance(expert: ModelReference, ours: Mapping[str, Any], theirs: Mapping[
         level="warning",
         what=f"--allow-crimes: {expert} is a {_named(theirs)} and the base a {_named(ours)}: mergekit-yaml takes the "
         "architecture of one of them by chance, another in every run; mergekit-ace merge takes the base's",
-        remedy=f"Say which: {{model: {{path: {expert.model.path}}}, override_architecture: {_named(ours)}}} as the "
+        remedy=f"Choose one: {{model: {{path: {expert.model.path}}}, override_architecture: {_named(ours)}}} as the "
         "expert's model.",
     )
 

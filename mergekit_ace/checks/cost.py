@@ -41,7 +41,7 @@ class Cost:
     seconds: float | None
     """Of the arithmetic, reading and writing left out; None for a method that is not ours, or another machine's."""
     available: int | None
-    """Memory that programs can get on this machine; None where it does not tell."""
+    """Memory that programs can get on this machine; None where it is not known."""
     device: int | None
     """Free memory of the chosen accelerator; None on the CPU."""
 
@@ -58,7 +58,7 @@ def estimate(plan: Plan) -> Cost:
         seconds = (
             arithmetic.single * speed.single + arithmetic.double * speed.double + arithmetic.cubes * speed.decomposition
         )
-    shard = min(written, plan.options.out_shard_size)  # bytes, whatever mergekit's help says
+    shard = min(written, plan.options.out_shard_size)  # bytes; mergekit's help calls it a number of parameters
     return Cost(
         read=sum(cost.read for cost in costs),
         written=written,
@@ -159,7 +159,7 @@ def _free_on(device: torch.device) -> int | None:
 
 
 def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes that programs can get on this machine: what is free, and what files in memory give back; None: not told."""
+    """Bytes that programs can get on this machine: what is free, and what files in memory release; None: unknown."""
     try:
         lines = meminfo.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -80,7 +80,7 @@ def _check_model(model: ModelReference) -> Iterator[Finding]:
 
 
 def _tokenizer_source(recipe: Recipe) -> ModelPath | None:
-    """The model that a recipe takes its tokenizer from by name; None where it says base or union, or nothing."""
+    """The model that a recipe takes its tokenizer from by name; None for base, union or no entry."""
     config = recipe.config
     source = config.tokenizer.source if config.tokenizer is not None else config.tokenizer_source
     return source.model if isinstance(source, ModelReference) else None

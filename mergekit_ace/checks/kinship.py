@@ -91,7 +91,7 @@ def _rounded_only(plan: Plan, expert: ModelReference, samples: Sequence[PlannedT
     formats = {_rounding(tensor, expert) for tensor in samples}
     if None in formats or not formats:
         return None
-    # Vectors and tables may have been trained alone: all of it counts, but what is equal says nothing.
+    # Vectors and tables may have been trained alone: all that differs is compared; equal entries hold no information.
     for tensor in plan.tensors:
         if tensor.reads(expert) and not _equal(tensor, expert) and _rounding(tensor, expert) is None:
             return None

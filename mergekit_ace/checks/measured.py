@@ -74,7 +74,7 @@ def _require_base(folder: MomentsFolder, tensor: PlannedTensor) -> None:
     try:
         base = tensor.read(tensor.base)
     except READING:
-        return  # said by the checks of the files
+        return  # reported by the checks of the files
     if base is None:
         return
     first = tensor.shared_parameters["input_axis"] == "first"

@@ -51,7 +51,7 @@ def require_sound_inputs(recipe: Recipe, options: MergeOptions, *, strict: bool 
 
 
 def require_sound_plan(plan: Plan, *, complete: bool = True) -> None:
-    """Stop where the headers of the models say that the merge would fail at a tensor.
+    """Stop where the merge would fail at a tensor, by the headers of the models.
 
     Args:
         plan: of the recipe.

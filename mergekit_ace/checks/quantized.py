@@ -37,7 +37,7 @@ def quantized(source: ModelPath, called: str) -> Iterator[Finding]:
     """An error where a model, or a single file of tensors, is quantized."""
     try:
         headers = model_headers(source)
-    except READING:  # the checks of files say so
+    except READING:  # reported by the checks of files
         headers = {}
     by_tensors = quantization_of_tensors(headers)
     told = _by_files(source) or by_tensors
@@ -54,7 +54,7 @@ def quantized(source: ModelPath, called: str) -> Iterator[Finding]:
 
 
 def quantization_of_tensors(headers: Mapping[str, TensorHeader]) -> Quantization | None:
-    """What the names and dtypes of a checkpoint's tensors say."""
+    """What follows from the names and dtypes of a checkpoint's tensors."""
     dtypes = {name: (_name(header), len(header.shape)) for name, header in headers.items()}
     return from_names(headers) or from_dtypes(dtypes)
 

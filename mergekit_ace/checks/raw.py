@@ -135,7 +135,7 @@ def _can_be_mapped(file: Path) -> bool:
 def _check_precision(headers: Mapping[str, Headers], name: Any) -> Iterator[Finding]:
     try:
         dtype = dtype_from_name(name)
-    except READING:  # the check of values says so
+    except READING:  # reported by the check of values
         return
     if dtype is None:
         return

@@ -75,7 +75,7 @@ class Examination:
 def check_recipe(file: Path, options: MergeOptions | None = None) -> Examination:
     """Find what mergekit would ignore without a message, or stop at late; writes nothing and merges no adapter.
 
-    What the recipe itself says comes first: while it has errors, nothing is asked of the Hugging Face Hub. Then come
+    The recipe itself is checked first: while it has errors, nothing is asked of the Hugging Face Hub. Then come
     headers, configurations and tokenizers, and a few matrices of every expert.
 
     Args:
@@ -131,7 +131,7 @@ def _stopping(document: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def _of_files(recipe: Recipe, options: MergeOptions) -> Iterator[Finding]:
-    """What the models' files say without their weights, better than mergekit says it."""
+    """What can be found in the models' files without their weights; mergekit reports it later or less clearly."""
     yield from check_files(recipe)
     yield from check_quantization(recipe)
     yield from check_adapters(recipe, options)

@@ -17,10 +17,10 @@ class _Command(NamedTuple):
 
 # Kept here rather than in the commands, so that `--help` need not import torch to list them.
 _COMMANDS = {
-    "merge": _Command("mergekit_ace.cli.merge:merge", "Run a recipe as mergekit-yaml does, all or nothing."),
+    "merge": _Command("mergekit_ace.cli.merge:merge", "Merge a recipe; the output appears when it is complete."),
     "join": _Command("mergekit_ace.cli.join:join", "Join the parts of a merge that was split over machines."),
-    "verify": _Command("mergekit_ace.cli.verify:verify", "Check that a folder is the model that it says it is."),
-    "inspect": _Command("mergekit_ace.cli.inspect:inspect", "Report what a merge would do, or did, layer by layer."),
+    "verify": _Command("mergekit_ace.cli.verify:verify", "Check the files and values of a finished model or adapter."),
+    "inspect": _Command("mergekit_ace.cli.inspect:inspect", "Report what a merge will do to each tensor and expert."),
     "check": _Command("mergekit_ace.cli.check:check", "Check a recipe before the merge."),
     "moments": _Command("mergekit_ace.cli.moments:moments", "Measure second moments on a few prompts."),
     "doctor": _Command("mergekit_ace.cli.doctor:doctor", "Show versions, startup hook, devices and precision."),
@@ -49,4 +49,4 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="mergekit-ace")
 def main() -> None:
-    """ACE-Merging for mergekit: merge experts without data, look before and after, split a merge over machines."""
+    """ACE-Merging for mergekit: merge fine-tunes of one model without data."""

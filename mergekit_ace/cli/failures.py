@@ -1,7 +1,7 @@
-"""How commands end when they do not end well: one message, and the exit status that people expect.
+"""How commands end when they fail: one message, and the exit status that people expect.
 
-0: done. 1: it failed, and a message says why (`-v` adds the traceback). 2: the command line is wrong. 128 + N: stopped
-by signal N, as a shell reports it.
+0: done. 1: it failed, and a message names the reason (`-v` adds the traceback). 2: the command line is wrong. 128 + N:
+stopped by signal N, as a shell reports it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """Return what an exception says, for people."""
+    """Return an exception's message, for people."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
     if isinstance(error, MemoryError) and not str(error):

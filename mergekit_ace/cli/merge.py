@@ -102,7 +102,7 @@ def _parse_bytes(ctx: click.Context, param: click.Parameter, value: str | None) 
 @click.option(
     "--memory", metavar="SIZE", callback=_parse_bytes, help="Bytes for all workers of this machine, such as 24G"
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be made, and make nothing")
+@click.option("--dry-run", is_flag=True, help="Show what would be made, and make nothing")
 @click.option(
     "--log-json",
     metavar="FILE",
@@ -113,10 +113,12 @@ def _parse_bytes(ctx: click.Context, param: click.Parameter, value: str | None) 
     "--check-space/--no-check-space",
     default=True,
     show_default=True,
-    help="End at once if the output will not fit on the disk",
+    help="End before the merge if the output will not fit on the disk",
 )
 @click.option(
-    "--strict", is_flag=True, help="Do not start for a warning of the inputs, or if one of their tensors is lost"
+    "--strict",
+    is_flag=True,
+    help="Do not start if the inputs give a warning, or hold a tensor that the output would lack",
 )
 @click.option("--adapter", is_flag=True, help="Write one adapter out of a recipe's adapters; the base is not read")
 @click.option(
@@ -171,7 +173,7 @@ def merge(
         recipe = read_recipe(config_file)
         if adapter:
             write_adapter(recipe.config, config_file, out_path, options, rank=rank, overwrite=overwrite)
-            _say(check_unread(recipe))
+            _show(check_unread(recipe))
             return
         warnings = require_sound_inputs(recipe, options, strict=strict)
         request = Request(
@@ -187,14 +189,14 @@ def merge(
             strict=strict,
         )
         if dry_run:
-            _say_plan(request)
+            _show_plan(request)
             return
         share: int | Literal["auto"] = "auto" if merge_options.multi_gpu or ray is not None else 1
         outcome = _run(request, Staff(workers=workers or share, memory=memory, ray=ray), log_json)
-        _say((*warnings, *outcome.lost))
+        _show((*warnings, *outcome.lost))
 
 
-def _say(findings: Iterable[Finding]) -> None:
+def _show(findings: Iterable[Finding]) -> None:
     for finding in findings:
         click.echo(printable(f"{finding.level}: {finding.what}\n    {finding.remedy}"), err=True)
 
@@ -207,7 +209,7 @@ def _on_devices(options: MergeOptions) -> MergeOptions:
     return options
 
 
-def _say_plan(request: Request) -> None:
+def _show_plan(request: Request) -> None:
     click.echo(progress.plan_text(dry_run(request)))
 
 

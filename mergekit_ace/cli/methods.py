@@ -1,4 +1,4 @@
-"""`mergekit-ace methods`: what a recipe may say after `merge_method:`."""
+"""`mergekit-ace methods`: what may stand after `merge_method:` in a recipe."""
 
 from __future__ import annotations
 

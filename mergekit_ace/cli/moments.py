@@ -86,10 +86,10 @@ def moments(
     """Measure the inputs of every layer that the recipe CONFIG_FILE merges, on a few prompts of its experts.
 
     For ace, wudi and actmat: set moments to the folder in the recipe's parameters. An expert without prompts keeps the
-    estimate from its task vector. Prompts need no answers; a few of the expert's own task are enough.
+    estimate from its task vector. A few prompts of the expert's own task are enough, with answers where there are some.
 
     The folder holds the second moment of some tokens' activations, no prompts and no tokens. Keep it as private as the
-    prompts all the same: activations say much of what they were made from.
+    prompts all the same: activations hold information on what they were made from.
 
     A run that was stopped is continued by the same command.
     """

@@ -1,4 +1,4 @@
-"""`mergekit-ace verify`: is a folder the model that it says it is?"""
+"""`mergekit-ace verify`: a model, a part of one or an adapter, read from end to end."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class InputSampler:
             self._last = None
 
     def expect(self, prompt: Encoded) -> None:
-        """Say what the model is about to be run on."""
+        """Set what the model is about to be run on."""
         self._prompt, self._last = prompt, None
 
     def _hook(self, name: str) -> Any:

@@ -46,7 +46,7 @@ def opened(job: Job, device: str | None, on_tensor: OnTensor) -> Iterator[ShardM
 
     Args:
         job: the merge.
-        device: where to merge, such as `cuda:1`; as the options say if None.
+        device: where to merge, such as `cuda:1`; that of the options if None.
         on_tensor: as in `ShardMaker`.
 
     Raises:

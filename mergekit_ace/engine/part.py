@@ -35,7 +35,7 @@ class Part:
 
     @classmethod
     def of_environment(cls, variables: Mapping[str, str]) -> Part:
-        """Read what a scheduler tells each of its tasks.
+        """Read the variables that a scheduler sets for each of its tasks.
 
         Slurm arrays (`SLURM_ARRAY_TASK_ID`), SkyPilot (`SKYPILOT_NODE_RANK`), torchrun and others (`RANK`), indexed
         jobs of Kubernetes (`JOB_COMPLETION_INDEX`, with `JOB_COMPLETIONS` set in the job), `srun` (`SLURM_PROCID`).

@@ -54,7 +54,7 @@ class Receipt(BaseModel, frozen=True, extra="forbid"):
     warnings: tuple[Notice, ...]
     maker: Maker
     seal: str = ""
-    """SHA-256 of all of the above: tells a receipt that was edited or cut short."""
+    """SHA-256 of all of the above, by which a receipt that was edited or cut short is found."""
 
     def sealed(self) -> Receipt:
         """The receipt with its seal."""

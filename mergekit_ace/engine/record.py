@@ -1,4 +1,4 @@
-"""What a finished model says of itself: `mergekit-ace.json`, beside its weights.
+"""The record of a finished model: `mergekit-ace.json`, beside its weights.
 
 It depends on the merge alone: not on when, where or in how many pieces it was made.
 """

@@ -1,4 +1,4 @@
-"""A model's folder, read from end to end: is it what it says it is? For models that others wrote too."""
+"""A model's folder, read from end to end, against its index, configuration, tokenizer and record; whoever wrote it."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def _check_index(found: Verification) -> dict[Path, dict[str, OutputTensor]]:
         except READING as error:
             found.problems.append(f"{file.name} cannot be read: {message_of(error)}")
     counts = Counter(name for file in placed.values() for name in file)
-    _say(found, "tensors are in more than one file", [name for name, count in counts.items() if count > 1])
+    _report(found, "tensors are in more than one file", [name for name, count in counts.items() if count > 1])
     indexes = (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json")
     index = next((file for file in indexes if file.exists()), None)
     if index is None:
@@ -127,13 +127,13 @@ def _check_index(found: Verification) -> dict[Path, dict[str, OutputTensor]]:
         found.problems.append(f"{index.name} must be JSON with a weight_map; it is not")
         return placed
     held = {(name, file.name) for file, tensors in placed.items() for name in tensors}
-    _say(
+    _report(
         found,
         f"tensors are not in the file that {index.name} names",
         [n for n, f in listed.items() if (n, f) not in held],
     )
-    _say(found, f"tensors are not in {index.name}", [name for name in counts if name not in listed])
-    _say(found, f"files are not in {index.name}", [file.name for file in files if file.name not in listed.values()])
+    _report(found, f"tensors are not in {index.name}", [name for name in counts if name not in listed])
+    _report(found, f"files are not in {index.name}", [file.name for file in files if file.name not in listed.values()])
     for file in files:
         match = _WEIGHTS.match(file.name)
         if match and match[2] and int(match[2]) != len(files):
@@ -158,9 +158,9 @@ def _check_architecture(found: Verification, config: Mapping[str, Any], tensors:
 
 
 def _compare(found: Verification, expected: Expected, tensors: Mapping[str, OutputTensor]) -> None:
-    _say(found, "tensors of the architecture are missing", list(expected.missing))
-    _say(found, "tensors are not of the architecture", list(expected.foreign))
-    _say(
+    _report(found, "tensors of the architecture are missing", list(expected.missing))
+    _report(found, "tensors are not of the architecture", list(expected.foreign))
+    _report(
         found,
         "tensors do not have the shape that config.json promises",
         [
@@ -176,12 +176,12 @@ def _check_vocabulary(found: Verification, config: Mapping[str, Any], tensors: M
     tables = [tensors[name] for name in tensors if _TABLE.search(name)]
     if isinstance(size, int):
         wrong = [f"{table.name} has {table.shape[0]} rows" for table in tables if table.shape[0] != size]
-        _say(found, f"tables do not have the {size} rows of config.json's vocab_size", wrong)
+        _report(found, f"tables do not have the {size} rows of config.json's vocab_size", wrong)
     numbers = _token_numbers(found.folder)
     if numbers and tables:
         rows = min(table.shape[0] for table in tables)
         beyond = sorted(token for token, number in numbers.items() if number >= rows)
-        _say(found, f"tokens have a number beyond the {rows} rows of the embedding table", beyond)
+        _report(found, f"tokens have a number beyond the {rows} rows of the embedding table", beyond)
 
 
 _TABLE = re.compile(r"(?:^|\.)(?:embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out)\.weight$")
@@ -212,7 +212,7 @@ def _check_values(
                     tied[name] = _digest(tensor)
         except READING as error:
             found.problems.append(f"{file.name} cannot be read: {message_of(error)}")
-    _say(found, "tensors hold NaN or infinity", infinite)
+    _report(found, "tensors hold NaN or infinity", infinite)
     if len(set(tied.values())) > 1:
         found.problems.append(f"config.json ties {' and '.join(sorted(tied))}, whose weights differ")
 
@@ -242,13 +242,13 @@ def _check_record(found: Verification) -> None:
         found.problems.append(f"{RECORD} must be as it was written; it is not")
         return
     there = {path.relative_to(found.folder).as_posix(): path for path in found.folder.rglob("*") if path.is_file()}
-    _say(found, f"files of {RECORD} are missing", [name for name in record.files if name not in there])
+    _report(found, f"files of {RECORD} are missing", [name for name in record.files if name not in there])
     changed = [name for name, sha256 in record.files.items() if name in there and file_digest(there[name]) != sha256]
-    _say(found, "files are not as the merge wrote them", changed)
-    _say(found, f"files are not in {RECORD}", [name for name in there if name not in record.files and name != RECORD])
+    _report(found, "files are not as the merge wrote them", changed)
+    _report(found, f"files are not in {RECORD}", [name for name in there if name not in record.files and name != RECORD])
 
 
-def _say(found: Verification, what: str, names: list[str]) -> None:
+def _report(found: Verification, what: str, names: list[str]) -> None:
     if names:
         shown = ", ".join(sorted(names)[:_SHOWN])
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""

@@ -50,7 +50,7 @@ class _SafetensorsFile(Tensors):
             super().__init__({}, self._file.metadata())
         except FileNotFoundError:
             raise
-        except Exception as error:  # safetensors says what is wrong, but not with which file
+        except Exception as error:  # safetensors names what is wrong, but not the file
             raise AdapterError(f"{path} must be a whole safetensors file; {error}") from error
 
     def __getitem__(self, name: str) -> Tensor:

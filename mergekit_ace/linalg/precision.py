@@ -33,7 +33,7 @@ def require_full_float32(device: torch.device) -> None:
         device: whose products are meant. A setting that only other kinds of device read (cuDNN's, on a CPU) is none.
 
     Raises:
-        RuntimeError: the precision is reduced; says by what, and how to undo it.
+        RuntimeError: the precision is reduced; the message names the cause and how to undo it.
     """
     lowered = _lowered_setting(device)
     if lowered is not None:

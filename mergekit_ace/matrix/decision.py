@@ -25,7 +25,7 @@ _MOST, _NEARLY_ALL = 0.9, 0.98
 # smaller side is longer. A sample holds more of its energy in as many directions than the whole, but by chance.
 _SAMPLED = (1024, 2048)
 _CLEARLY = 0.05
-# A sample with less of the energy than this share of what its size would have says nothing about the whole.
+# A sample with less of the energy than this share of what its size would have is no estimate of the whole.
 _REPRESENTATIVE = 0.5
 # Updates that are nearly all rounding have no spectrum left to judge by; their quotient must stay finite.
 _LEAST_GENUINE = 0.05

@@ -87,7 +87,7 @@ def require_finite_update(energy: float, base: Tensor, expert: Expert, *, name: 
     """
     if math.isfinite(energy):
         return
-    # The norm of finite values in float64 cannot overflow, so one of the two holds NaN or infinity; say which.
+    # The norm of finite values in float64 cannot overflow, so one of the two holds NaN or infinity; find which.
     culprit = "the base" if not all_finite(base) else f"expert {expert.name}"
     if culprit != "the base" and all_finite(expert.tensor):
         culprit = f"the difference of expert {expert.name} and the base"

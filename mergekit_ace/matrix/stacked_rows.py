@@ -64,7 +64,7 @@ class _StackedRows:
     def _response(self, coefficients: Tensor) -> Response:
         """`<X, N>`, with `N = K Y` never formed.
 
-        The solve says `J Y Y^T = K - ridge J` for `X = J Y`, so `X N^T = (K - ridge J) K^T`. What refinement adds is
+        The solve gives `J Y Y^T = K - ridge J` for `X = J Y`, so `X N^T = (K - ridge J) K^T`. What refinement adds is
         `level U_k diag(1/s) U_k^T X`, hence
 
             <X, N> = ||K||^2 - ridge <J, K>,    <level U_k V_k^T, N> = level sum_i <u_i^T (K - ridge J), u_i^T K> / s_i

@@ -1,4 +1,4 @@
-"""The one rulebook: what a person should know of a merge, and what to change, by method, settings and cause.
+"""The rules of advice: what a person should know of a merge, and what to change, by method, settings and cause.
 
 A rule looks at one merged matrix. `mergekit-yaml` logs the first matrix of a merge that a rule applies to;
 `mergekit-ace inspect` counts them and shows the one that it applies to most.
@@ -41,7 +41,7 @@ class Evidence:
         method: the `merge_method`.
         settings: the method's parameters in force, presets resolved.
         facts: what the merge recorded of itself.
-        gate: by which heterogeneous matrices are told; None where there is none.
+        gate: by which heterogeneous matrices are found; None where there is none.
         experts: those with information, in the order of the recipe.
         energies: `||D_t||_F^2` of each.
         heterogeneity: scale-free, `Var(log ||D_t||_F^2)`.

@@ -46,7 +46,7 @@ LOG = logging.getLogger("mergekit_ace")
 class LayerwiseMethod(GroupMergeMethod):
     """A merge method that treats every matrix by itself and averages what is not a matrix.
 
-    A subclass says how one matrix is merged (`merge_matrix`) and what it may be told (`own_parameters`). Embedding
+    A subclass defines how one matrix is merged (`merge_matrix`) and its parameters (`own_parameters`). Embedding
     tables, vectors, stacked experts, weights, scale, precision and errors are the same for all. So is a matrix that one
     expert alone changed: it becomes that expert's, and `merge_matrix` is not asked.
     """
@@ -114,7 +114,7 @@ class LayerwiseMethod(GroupMergeMethod):
         return {item.name: parameters[item.name] for item in (*self.own_parameters, self.lambda_parameter)}
 
     def gate(self, parameters: Mapping[str, Any]) -> Gate | None:
-        """By what the method tells heterogeneous matrices; None where it treats all alike."""
+        """By what the method finds heterogeneous matrices; None where it treats all alike."""
         return None
 
     def matrices(
@@ -264,7 +264,7 @@ class LayerwiseMethod(GroupMergeMethod):
         return _apply(matrix.base, space.matrix(merge.task_vector), scale), f"by factors, {merge.describe()}"
 
     def evidence(self, task_vectors: TaskVectors, merge: MatrixMerge, parameters: Mapping[str, Any]) -> Evidence:
-        """What the rulebook looks at, of a matrix that two experts or more changed."""
+        """What the rules of advice look at, of a matrix that two experts or more changed."""
         norm = abs(self.scale(parameters)) * squared_norm(merge.task_vector) ** 0.5
         mean = task_vectors.energy_of_mean**0.5
         return Evidence(

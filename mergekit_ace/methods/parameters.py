@@ -1,4 +1,4 @@
-"""Recipe parameters: their types, ranges and what an error says about them."""
+"""Recipe parameters: their types, ranges and error messages."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _naming(name: str, requirement: str) -> Callable[[Any, ValidatorFunctionWrap
             validated = handler(value)
         except ValidationError:
             validated = None
-        # Python counts True as the number 1; a recipe that says `epsilon: true` does not mean that.
+        # Python counts True as the number 1; a recipe with `epsilon: true` does not mean that.
         if validated is None or (isinstance(value, bool) and not isinstance(validated, bool)):
             raise ValueError(f"parameter {name} must be {requirement}; got {value!r}")
         return validated
@@ -123,7 +123,7 @@ def embeddings_parameter(method: str) -> RecipeParameter:
 
 
 def common_parameters(method: str, *, scale: RecipeParameter = LAMBDA) -> tuple[RecipeParameter, ...]:
-    """What every method of this package may be told.
+    """The parameters that every method of this package has.
 
     Args:
         method: its name, which is also the choice of the method itself for `matrices` and `embeddings`.

@@ -1,7 +1,7 @@
 """What a merge method can see of quantized inputs: the models that mergekit names to it, and dtypes.
 
 A recipe's `dtype` has turned codes into floats before a method is handed a tensor. But mergekit tells a method its
-inputs' names when it plans, and the models' files say what they hold.
+inputs' names when it plans, and the models' files show what they hold.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mergekit_ace.quantization import Quantization, from_configuration, from_nam
 
 
 def require_unquantized_models(models: Sequence[Hashable]) -> None:
-    """Refuse models whose files say that they are quantized; what is no `ModelReference` is passed over.
+    """Refuse models that are quantized by what their files hold; what is no `ModelReference` is passed over.
 
     Raises:
         ValueError: naming the model, the format and the remedy.
@@ -38,7 +38,7 @@ def require_unquantized_models(models: Sequence[Hashable]) -> None:
 
 
 def require_unquantized_tensors(group: TensorGroup) -> None:
-    """Refuse 8-bit floats: they are codes of a scale that no method is told.
+    """Refuse 8-bit floats: they are codes of a scale that no method receives.
 
     Raises:
         ValueError: naming the tensor and the input.

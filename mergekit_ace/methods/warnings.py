@@ -20,7 +20,7 @@ def begins_a_merge(group_name: str | None) -> bool:
 class MergeWarnings:
     """Logs the first message of each cause of a merge; thread-safe, one for each merge method.
 
-    mergekit tells a method neither where a merge begins nor where it ends. A merge begins where mergekit checks the
+    mergekit does not let a method know where a merge begins or ends. A merge begins where mergekit checks the
     inputs of whole models, where a tensor without a name is merged, and where a tensor is merged that this merge has
     merged already.
     """
@@ -50,7 +50,7 @@ class MergeWarnings:
             if cause in self._logged:
                 return
             self._logged.add(cause)
-        # By the cause, several processes that share a merge say it once together.
+        # By the cause, several processes that share a merge give it once together.
         LOG.warning("%s Logged once a merge; -v logs every tensor.", message, extra={"cause": cause})
 
     def _begin(self) -> None:

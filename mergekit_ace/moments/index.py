@@ -13,7 +13,7 @@ INDEX = "moments.json"
 
 
 class MomentsError(ValueError):
-    """A moments folder that cannot be used, or that belongs to other models; the message says which and what to do."""
+    """A moments folder that cannot be used, or belongs to other models; the message names cause and remedy."""
 
 
 class MeasuredTensor(BaseModel, frozen=True, extra="forbid"):

@@ -46,7 +46,7 @@ class MomentsFolder:
         Args:
             name: of the tensor.
             shape: of the base's weight, as stored.
-            input_first: what the recipe says of how it is stored.
+            input_first: how it is stored, by the recipe.
 
         Raises:
             MomentsError: it was measured on a weight of another shape, or along the other axis.
@@ -137,7 +137,7 @@ def open_moments(folder: Path) -> MomentsFolder:
     try:
         changed = (folder / INDEX).stat().st_mtime_ns
     except OSError:
-        changed = 0  # what is wrong is said by whoever reads it
+        changed = 0  # what is wrong is reported where it is read
     return _open(folder.resolve(), changed)
 
 

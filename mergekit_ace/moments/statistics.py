@@ -1,4 +1,4 @@
-"""What sampled inputs of a layer say of their second moment, and how much of it is chance."""
+"""The second moment of a layer's sampled inputs, and how much of it is sampling error."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class MomentsWriter:
         self._sources: dict[str, str] = {}
 
     def take_over(self, name: str, digest: str) -> bool:
-        """Use what an earlier run measured of an expert, if it was the same; says whether it was."""
+        """Use what an earlier run measured of an expert, if it was the same; returns whether it was."""
         try:
             state = _State.model_validate_json(self._state(name).read_bytes())
         except (OSError, ValidationError):
@@ -90,7 +90,7 @@ class MomentsWriter:
         self._experts[name] = MeasuredExpert(model=model, file=file, inputs=inputs, weights=dict(weights))
         self._sources.update(sources)
         state = _State(digest=digest, expert=self._experts[name], sources=dict(sources))
-        # Last, since it says that the factors are whole.
+        # Last, since it shows that the factors are complete.
         self._state(name).write_text(state.model_dump_json(), encoding="utf-8")
 
     @property

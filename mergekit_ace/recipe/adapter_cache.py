@@ -30,7 +30,7 @@ _CONTENT = (".safetensors", ".bin", ".json")
 
 
 def merged_adapter(model: ModelReference, options: MergeOptions) -> ModelReference:
-    """The model that `base+adapter` is, merged now unless the cache has it; says which.
+    """The model that `base+adapter` is, merged now unless the cache has it, which is logged.
 
     Raises:
         RuntimeError: no `--lora-merge-cache` was given.

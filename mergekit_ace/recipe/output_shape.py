@@ -1,4 +1,4 @@
-"""Shape and dtype of a merged tensor, told from the headers of what is merged."""
+"""Shape and dtype of a merged tensor, from the headers of what is merged."""
 
 from __future__ import annotations
 

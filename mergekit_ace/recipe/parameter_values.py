@@ -43,7 +43,7 @@ def _refused(where: str, parameter: ParameterSpec, setting: Any) -> Iterator[Fin
         try:
             parameter.validate(value)
         except ValidationError as error:
-            # Ours say what the value must be; of mergekit's own only the type is known.
+            # Our parameters have a requirement in words; of mergekit's own only the type is known.
             words = error.errors()[0]["msg"].removeprefix("Value error, ")
             if not isinstance(parameter, RecipeParameter):
                 words = f"parameter {parameter.name} must be {_type_name(parameter.value_type)}; got {value!r}"

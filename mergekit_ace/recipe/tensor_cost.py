@@ -1,4 +1,4 @@
-"""What one tensor's merge takes, told from headers: bytes, and counts of arithmetic."""
+"""What one tensor's merge takes, from headers alone: bytes, and counts of arithmetic."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def _union(task: BuildTokenizer, base: ModelReference) -> transformers.PreTraine
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 model.model.path, revision=model.model.revision, trust_remote_code=task.trust_remote_code
             )
-        except Exception:  # as in mergekit, which takes the base's in its place, and says so when it numbers them
+        except Exception:  # as in mergekit, which takes the base's in its place, and logs that when it numbers them
             continue
         ordered[model] = _Ordered(tokenizer)
     return build_union_tokenizer(ordered[base], ordered, trust_remote_code=task.trust_remote_code)

@@ -1,4 +1,4 @@
-"""What in a report a person should act on: the rulebook of the methods applied to it, and what only a report shows."""
+"""What in a report a person should act on: the rules of the methods applied to it, and what only a report shows."""
 
 from __future__ import annotations
 

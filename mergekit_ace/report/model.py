@@ -57,7 +57,7 @@ class ExpertReport(_Record):
     it was not measured."""
     estimate_correlation: float | None = None
     """Correlation of `G = D^T D` with the measured second moment of its inputs, about the identity: 1 where the
-    estimate is right, 0 where it tells nothing of the inputs; null where it was not measured."""
+    estimate is right, 0 where it holds no information on the inputs; null where it was not measured."""
     spectrum: Spectrum | None = None
     """Singular values of `D`, where they were asked for."""
 
@@ -126,7 +126,7 @@ class TensorReport(_Record):
     heterogeneity_published: float | None = None
     """`Var(l) / Mean(l)^2`, the published statistic."""
     gate: Gate | None = None
-    """The statistic and the threshold by which heterogeneous matrices are told; null where there is no gate."""
+    """The statistic and the threshold by which heterogeneous matrices are found; null where there is no gate."""
     parameters: Mapping[str, Setting] = {}
     """The method's parameters for this tensor, as far as a matrix asks for them."""
     merge: MergeFacts | None = None

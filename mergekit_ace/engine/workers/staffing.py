@@ -77,7 +77,7 @@ class Staff:
 
 
 def _free_memory() -> int | None:
-    """Most of the memory that programs can get on this machine; None where it is not told."""
+    """Most of the memory that programs can get on this machine; None where it is not known."""
     available = available_memory()
     return None if available is None else int(_SHARE_OF_FREE * available)
 

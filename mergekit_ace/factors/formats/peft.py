@@ -81,7 +81,7 @@ def configured(settings: Mapping[str, Any], option: str, module: str, *, name: s
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     if option not in settings:
-        raise AdapterError(f"adapter {name}: its configuration must say {option}; it does not")
+        raise AdapterError(f"adapter {name}: its configuration must have {option}; it has none")
     return settings[option]
 
 

@@ -245,7 +245,8 @@ def _check_record(found: Verification) -> None:
     _report(found, f"files of {RECORD} are missing", [name for name in record.files if name not in there])
     changed = [name for name, sha256 in record.files.items() if name in there and file_digest(there[name]) != sha256]
     _report(found, "files are not as the merge wrote them", changed)
-    _report(found, f"files are not in {RECORD}", [name for name in there if name not in record.files and name != RECORD])
+    unknown = [name for name in there if name not in record.files and name != RECORD]
+    _report(found, f"files are not in {RECORD}", unknown)
 
 
 def _report(found: Verification, what: str, names: list[str]) -> None:

@@ -40,6 +40,7 @@ SETTINGS: tuple[Setting, ...] = (
     of_mergekit("average", "linear", takes_base=False, quick=True, weight=1.0),
     of_mergekit("task arithmetic 0.3", "task_arithmetic", weight=0.3),
     of_mergekit("task arithmetic 0.5", "task_arithmetic", weight=0.5),
+    of_mergekit("task arithmetic 0.7", "task_arithmetic", weight=0.7),
     of_mergekit("task arithmetic 1", "task_arithmetic", weight=1.0),
     of_mergekit("ties 0.2", "ties", quick=True, weight=1.0, density=0.2),
     of_mergekit("ties 0.5", "ties", weight=1.0, density=0.5),
@@ -48,6 +49,7 @@ SETTINGS: tuple[Setting, ...] = (
     of_mergekit("karcher", "karcher", takes_base=False),
     of_mergekit("model_stock", "model_stock"),
     Setting(label="ace", group="ace", method="ace", quick=True),
+    Setting(label="ace 0.1", group="ace", method="ace", parameters={"preset": "0.1"}, quick=True),
     Setting(label="ace length_bound", group="ace", method="ace", parameters={"length_bound": True}, quick=True),
     *(
         Setting(

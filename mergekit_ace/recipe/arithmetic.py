@@ -52,6 +52,10 @@ def arithmetic_of(method: LayerwiseMethod, parameters: Mapping[str, Any], m: int
         return (_triples(m, n, k) + _product(m, n, k)) * (experts if k else 0)
     if method.name == "wudi" and parameters["solver"] == "adam":
         return Arithmetic(single=experts * 1.5 * n * small * max(m, n) + float(parameters["steps"]) * m * n * n)
+    if method.name == "wudi" and parameters["solver"] == "flow":
+        size = min(n, experts * m)
+        products = (small * small * max(m, n) / 2 + m * n * small) * experts + m * n * size
+        return Arithmetic(single=products, double=float(size) ** 3, cubes=float(size) ** 3)
     # `multiply_adds` has the refinement's product of singular vectors in it.
     solve = Arithmetic(single=multiply_adds(m, n, experts) - small * small * max(m, n))
     refinement = method.options(parameters).refinement if isinstance(method, Ace) else None

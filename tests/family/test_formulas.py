@@ -15,7 +15,7 @@ from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.presets import ACTMAT, WUDI
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from tests.family.cases import drawn
-from tests.reference import actmat, cart, iso_c, iso_cts, tsv_m, wudi_adam, wudi_closed_form
+from tests.reference import actmat, cart, iso_c, iso_cts, tsv_m, wudi_adam, wudi_closed_form, wudi_flow
 
 mergekit_ace.register()
 
@@ -67,6 +67,14 @@ FORMULAS = {
         "wudi",
         {"solver": "adam", "steps": 50, "learning_rate": 1e-3},
         lambda D, weights, dtype: wudi_adam(D, 50, 1e-3, weights, dtype=dtype),
+    ),
+    "wudi by its flow": Formula(
+        "wudi", {"solver": "flow"}, lambda D, weights, dtype: wudi_flow(D, 300.0, "sum", weights, dtype=dtype)
+    ),
+    "wudi by its flow, briefly from the mean": Formula(
+        "wudi",
+        {"solver": "flow", "flow_time": 5, "start": "average"},
+        lambda D, weights, dtype: wudi_flow(D, 5.0, "average", weights, dtype=dtype),
     ),
     "tsv_m": Formula("tsv_m", {}, lambda D, weights, dtype: tsv_m(D, weights, dtype=dtype)),
     "iso_c": Formula("iso_c", {}, lambda D, weights, dtype: iso_c(D, weights, dtype=dtype)),
@@ -203,6 +211,28 @@ def test_adam_moves_from_the_sum_towards_the_minimizer() -> None:
         distances.append(float((result - minimizer).norm()))
     assert distances[0] > distances[1] > distances[2]
     assert distances[2] < 0.2 * distances[0]
+
+
+def test_the_flow_leads_from_its_start_to_the_minimizer_and_follows_the_unit() -> None:
+    base, experts = drawn(3, 12, 10)
+    updates = [expert - base for expert in experts]
+
+    def after(time: float, unit: float = 1.0, **parameters: Any) -> Tensor:
+        given = [torch.zeros_like(base), *(unit * update for update in updates)]
+        parameters = {"solver": "flow", "flow_time": time, **parameters}
+        return merge_tensors(given, "wudi", base_index=0, parameters=parameters) / unit
+
+    torch.testing.assert_close(after(1e-12), sum(updates, torch.zeros(())))
+    torch.testing.assert_close(after(1e-12, start="average"), sum(updates, torch.zeros(())) / 3)
+    torch.testing.assert_close(after(1e9), wudi_closed_form(updates))
+    torch.testing.assert_close(after(1e9, start="average"), wudi_closed_form(updates))
+    torch.testing.assert_close(after(30.0, unit=1e-4), after(30.0))
+    # No step of Euler's may be needed to be near: 3000 of them are.
+    step, position = 30.0 / 3000, sum(updates, torch.zeros_like(base))
+    for _ in range(3000):
+        slope = sum(((position - d) @ d.mT @ d / d.square().sum() for d in updates), torch.zeros_like(base))
+        position = position - step * slope
+    torch.testing.assert_close(after(30.0), position, rtol=0, atol=2e-3 * float(position.abs().max()))
 
 
 @pytest.mark.parametrize("method", ["actmat", "wudi", "tsv_m"])

@@ -12,7 +12,7 @@ from tests.reference.cart import cart
 from tests.reference.iso import iso_c, iso_cts
 from tests.reference.tensors import Recipe, Treatment, merge_checkpoint, merge_tensor
 from tests.reference.tsv import tsv_m
-from tests.reference.wudi import wudi_adam, wudi_closed_form
+from tests.reference.wudi import wudi_adam, wudi_closed_form, wudi_flow
 
 __all__ = [
     "AceOptions",
@@ -30,4 +30,5 @@ __all__ = [
     "tsv_m",
     "wudi_adam",
     "wudi_closed_form",
+    "wudi_flow",
 ]

@@ -56,3 +56,31 @@ def wudi_adam(
         corrected = (second / (1 - 0.999**step)).sqrt() + 1e-8
         X = X - learning_rate * (first / (1 - 0.9**step)) / corrected
     return X
+
+
+def wudi_flow(
+    task_vectors: Sequence[Tensor],
+    time: float = 300.0,
+    start: str = "sum",
+    weights: Sequence[float] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Its gradient flow from the sum (or the mean) after a time, by the soft filter of arXiv:2606.07289, `[m, n]`.
+
+    `X_0 - X_0 V f V^T + N V (f / l) V^T` with `C = sum_t a_t G_t / ||D_t||_F^2 = V l V^T` and `f = 1 - exp(-l s)`.
+    """
+    D, a = participants(task_vectors, weights, dtype)
+    if not D:
+        return torch.zeros_like(task_vectors[0], dtype=dtype)
+    if len(D) == 1:
+        return D[0].clone()
+    G = [d.T @ d / d.square().sum() for d in D]
+    C = sum(a_t * g for a_t, g in zip(a, G, strict=True))
+    N = sum(a_t * (d @ g) for a_t, d, g in zip(a, D, G, strict=True))
+    X0 = sum(a_t * d for a_t, d in zip(a, D, strict=True))
+    if start == "average":
+        X0 = X0 / len(D)
+    values, V = torch.linalg.eigh(C)
+    f = torch.where(values > 1e-13, 1 - torch.exp(-values * time), 0.0)
+    quotient = torch.where(values > 1e-13, f / values, 0.0)
+    return X0 - X0 @ V @ torch.diag(f) @ V.T + N @ V @ torch.diag(quotient) @ V.T

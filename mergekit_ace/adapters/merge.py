@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mergekit_ace.adapters.base_norms import BaseNorms
 from mergekit_ace.adapters.request import Request
 from mergekit_ace.adapters.truncation import Rank, Truncation, input_weight, outputs_kept
 from mergekit_ace.factors.core_space import CoreSpace, core_space, output_space, task_vectors_of
@@ -82,6 +83,7 @@ class Cores:
         space: what they share.
         turned: the factors are those of the transposed updates.
         measured: each adapter's measured second moment of the inputs; None where the recipe asks for none.
+        base_norm: of the base's matrix; None where it is not known or not asked for.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Cores:
     space: CoreSpace
     turned: bool
     measured: Sequence[MeasuredMoment | None] | None = None
+    base_norm: float | None = None
 
     @cached_property
     def task_vectors(self) -> TaskVectors:
@@ -102,7 +105,7 @@ class Cores:
             )
             for t, (each, core) in enumerate(zip(self.updates, self.space.cores, strict=True))
         ]
-        return task_vectors_of(self.space, experts, name=self.name)
+        return task_vectors_of(self.space, experts, name=self.name, base_norm=self.base_norm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +125,7 @@ class AdapterMerge:
     def __init__(self, request: Request) -> None:
         self._request = request
         self._warnings = MergeWarnings()
+        self._base_norms = BaseNorms(request.base_name)
 
     @torch.no_grad()
     def weights(self) -> Iterator[MergedWeight]:
@@ -155,7 +159,8 @@ class AdapterMerge:
         """
         name = printable(place.weight)
         turned = place.transposed != (parameters["input_axis"] == "first")
-        for matrix, updates in _matrices(name, place, self._read(place, name, parameters["weight"])):
+        sized = solved and self._request.method.needs_base_norm(parameters)
+        for matrix, index, updates in _matrices(name, place, self._read(place, name, parameters["weight"])):
             factors = [_turn(each.factors) if turned else each.factors for each in updates]
             measured = None
             if solved:
@@ -168,6 +173,7 @@ class AdapterMerge:
                 space=core_space(factors) if measured is None else output_space(factors),
                 turned=turned,
                 measured=measured,
+                base_norm=self._base_norms.of(place, index) if sized else None,
             )
 
     def _weight(self, place: Place, parameters: Mapping[str, Any]) -> MergedWeight:
@@ -254,16 +260,17 @@ class AdapterMerge:
         )
 
 
-def _matrices(name: str, place: Place, changed: Sequence[Changed]) -> Iterator[tuple[str, list[Changed]]]:
-    """The matrices of a weight, each with its updates: one, or one for each stacked expert."""
+def _matrices(name: str, place: Place, changed: Sequence[Changed]) -> Iterator[tuple[str, int | None, list[Changed]]]:
+    """The matrices of a weight, each with its place in a stack and its updates: one, or one for each stacked expert."""
     if not changed:
         return
     if place.kind != "stack":
-        yield name, list(changed)
+        yield name, None, list(changed)
         return
     for index in range(place.shape[0]):
         yield (
             f"{name}[{index}]",
+            index,
             [
                 replace(each, factors=Factors(left=each.factors.left[index], right=each.factors.right[index]))
                 for each in changed

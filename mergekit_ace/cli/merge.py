@@ -120,7 +120,7 @@ def _parse_bytes(ctx: click.Context, param: click.Parameter, value: str | None) 
     is_flag=True,
     help="Do not start if the inputs give a warning, or hold a tensor that the output would lack",
 )
-@click.option("--adapter", is_flag=True, help="Write one adapter out of a recipe's adapters; the base is not read")
+@click.option("--adapter", is_flag=True, help="Write one adapter out of a recipe's adapters; it needs no base")
 @click.option(
     "--rank",
     callback=parse_rank,

@@ -113,9 +113,20 @@ def output_space(updates: Sequence[Factors]) -> CoreSpace:
     return CoreSpace(left=left, right=torch.eye(n, dtype=left.dtype, device=left.device), cores=tuple(cores))
 
 
-def task_vectors_of(space: CoreSpace, experts: Sequence[Expert], *, name: str) -> TaskVectors:
-    """The cores as task vectors of a base of zeros, for every method to run on."""
+def task_vectors_of(
+    space: CoreSpace, experts: Sequence[Expert], *, name: str, base_norm: float | None = None
+) -> TaskVectors:
+    """The cores as task vectors of a base of zeros, for every method to run on.
+
+    Args:
+        space: that the cores are of.
+        experts: with the cores as their tensors.
+        name: of the tensor, for messages.
+        base_norm: `||W_0||_F` of the matrix that was updated; None where it is not known.
+    """
     coordinates = Coordinates(
         shape=(space.left.shape[0], space.right.shape[1]), ones_left=space.ones_left, ones_right=space.ones_right
     )
-    return TaskVectors(torch.zeros_like(space.cores[0]), experts, name=name, coordinates=coordinates)
+    found = TaskVectors(torch.zeros_like(space.cores[0]), experts, name=name, coordinates=coordinates)
+    found.base_norm = base_norm
+    return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from torch import Tensor
 
 from mergekit_ace.linalg.precision import squared_norm
-from mergekit_ace.matrix.balanced import merge_balanced
+from mergekit_ace.matrix.balanced import merge_without_moments
 from mergekit_ace.matrix.bounds import scale_factor
 from mergekit_ace.matrix.budget import error_budget
 from mergekit_ace.matrix.decision import Decision, decide
@@ -219,4 +219,4 @@ def _averaged(correlation: float | None, threshold: float) -> float:
 
 
 def _without_moments(task_vectors: TaskVectors, options: CovarianceOptions) -> Tensor:
-    return merge_balanced(task_vectors) if options.uncorrelated == "balanced" else task_vectors.mean()
+    return merge_without_moments(task_vectors) if options.uncorrelated == "balanced" else task_vectors.mean()

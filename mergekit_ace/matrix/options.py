@@ -102,7 +102,7 @@ class CovarianceOptions:
         bounds: on the result.
         correlation_threshold: in `[0, 1]`; updates of low rank whose second moments correlate by less are merged
             without them, because adapters with random input matrices do not determine their inputs. 0: never.
-        uncorrelated: how those are merged: by `merge_balanced`, or as their plain `average`.
+        uncorrelated: how those are merged: by `merge_without_moments`, or as their plain `average`.
         precision: `full`: as accurate as float32 products and a float64 eigendecomposition are; `auto`: where the
             weights are stored in 16 bits, no more accurate than their rounding asks for (`matrix.budget`).
         combine_copies: count an expert and its exact copies as one of their summed weight.

@@ -55,7 +55,7 @@ def row_factors(task_vectors: TaskVectors, *, center: bool, low_rank: float | No
         low_rank: how far the updates are of low rank; None where that is not known. With 0 it is not looked for, so
             that few rows alone count.
     """
-    if task_vectors.coordinates is not None:  # cores have no rows to spare
+    if task_vectors.coordinates is not None or task_vectors.base_norm is None:  # cores have no rows to spare
         return None
     m, n = task_vectors.shape
     most = min(_LARGEST_RANK, n // (2 * len(task_vectors)))

@@ -79,8 +79,8 @@ class TaskVectors:
         candidates = voting_experts(experts, name=name)
         heaviest = max(expert.weight for expert in candidates)
         found = _measure(base, candidates, heaviest, self.dtype, name, coordinates)
-        self.base_norm = math.sqrt(found.base_energy)
-        """`||base||_F`."""
+        self.base_norm: float | None = math.sqrt(found.base_energy) if coordinates is None else None
+        """`||W_0||_F`; None where it is not known. Cores are of a base of zeros, and do not tell."""
         formats, reasons = _without_information(base, candidates, found, self.dtype)
         self.left_out: Mapping[str, str] = {expert.name: "weight 0" for expert in experts if expert.weight == 0} | {
             expert.name: reason for expert, reason in zip(candidates, reasons, strict=True) if reason is not None
@@ -123,7 +123,7 @@ class TaskVectors:
         `eps / 2 * rms(base) * (sqrt(m) + sqrt(n))`, `eps` of the working dtype: above the largest singular value of
         `[m, n]` independent rounding errors. 0 for cores, which are taken from factors and not from weights.
         """
-        if self.coordinates is not None:
+        if self.coordinates is not None or self.base_norm is None:
             return 0.0
         m, n = self.shape
         return torch.finfo(self.dtype).eps / 2 * self.base_norm / math.sqrt(m * n) * (math.sqrt(m) + math.sqrt(n))
@@ -170,7 +170,7 @@ class TaskVectors:
             UpdateStatistics(energy=s.energy / unit**2, centered_energy=s.centered_energy / unit**2)
             for s in self.statistics
         )
-        scaled.base_norm = self.base_norm / unit
+        scaled.base_norm = None if self.base_norm is None else self.base_norm / unit
         scaled.energy_of_mean = self.energy_of_mean / unit**2
         return scaled
 

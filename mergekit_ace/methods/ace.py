@@ -153,6 +153,11 @@ class Ace(LayerwiseMethod):
         """ACE's, where its threshold is above 0."""
         return self.options(parameters).gate
 
+    def needs_base_norm(self, parameters: Mapping[str, Any]) -> bool:
+        """Where adapters whose second moments do not correlate are added up as far as they are small."""
+        options = self.options(parameters)
+        return options.uncorrelated == "balanced" and options.correlation_threshold > 0
+
     def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
         """One matrix by ACE."""
         return merge_by_covariance(task_vectors, self.options(parameters))

@@ -105,6 +105,10 @@ class LayerwiseMethod(GroupMergeMethod):
         """Why the merge depends on single entries of a matrix, and cannot be had from factors; None: it can."""
         return None
 
+    def needs_base_norm(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether the merge depends on how large the updates are for the base's weight."""
+        return False
+
     def scale(self, parameters: Mapping[str, Any]) -> float:
         """What the merged task vector is multiplied by: `lambda`, unless the method has another use for it."""
         return float(parameters["lambda"])

@@ -47,9 +47,7 @@ class Matrix:
         if space is None:
             return TaskVectors(self.base, self.experts, name=self.name)
         experts = [replace(expert, tensor=core) for expert, core in zip(self.experts, space.cores, strict=True)]
-        found = task_vectors_of(space, experts, name=self.name)
-        found.base_norm = squared_norm(self.base) ** 0.5
-        return found
+        return task_vectors_of(space, experts, name=self.name, base_norm=squared_norm(self.base) ** 0.5)
 
 
 def weighted_experts(group: TensorGroup, parameters: Mapping[str, Any]) -> tuple[Expert, ...]:

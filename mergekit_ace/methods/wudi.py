@@ -81,8 +81,8 @@ class Wudi(LayerwiseMethod):
             return merge_by_covariance(task_vectors, with_epsilon(WUDI, parameters["epsilon"]))
         if task_vectors.measured:
             raise ValueError(
-                f"{task_vectors.name}: solver: {parameters['solver']} descends the objective of estimated second moments "
-                "and takes no measured ones. Set solver: closed_form, or remove moments"
+                f"{task_vectors.name}: solver: {parameters['solver']} descends the objective of estimated second "
+                "moments and takes no measured ones. Set solver: closed_form, or remove moments"
             )
         if parameters["solver"] == "flow":
             merged = flow_interference(task_vectors, time=parameters["flow_time"], start=parameters["start"])

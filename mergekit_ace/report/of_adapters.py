@@ -24,7 +24,7 @@ def inspect_adapters(
 ) -> Iterator[TensorReport]:
     """The report of each weight that an adapter updates; one weight's factors are held at a time.
 
-    Shares of the base's weights cannot be had without the base, and are left out.
+    Shares of the base's weights are left out where its weights are not on this machine, or the method needs none.
 
     Args:
         request: the merge.
@@ -47,6 +47,10 @@ def assemble_adapters(
     complete: bool = True,
 ) -> Report:
     """The report of the weights measured so far."""
+    measured = tuple(tensors)
+    note = "Measured on the adapters alone"
+    if not any(tensor.merged and tensor.merged.relative_change is not None for tensor in measured):
+        note += ": changes relative to the base's weights are not shown"
     return Report(
         producer=f"mergekit-ace {__version__}",
         recipe=recipe,
@@ -55,10 +59,10 @@ def assemble_adapters(
         complete=complete,
         base=request.base_name,
         experts=tuple(adapter.name for adapter in request.adapters),
-        note="Measured on the adapters alone: changes relative to the base's weights are not shown.",
+        note=f"{note}.",
         planned=len(request.places),
         selection=selection,
-        tensors=tuple(tensors),
+        tensors=measured,
     )
 
 

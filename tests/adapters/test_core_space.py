@@ -1,5 +1,6 @@
 """Every method of the catalogue gives on cores what it gives on the matrices themselves."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     ],
     "iso_c": [{}, {"mean_over": "all"}],
     "iso_cts": [{}, {"common_fraction": 0.1}, {"mean_over": "all"}],
+    "wudi": [{}, {"solver": "flow"}, {"solver": "flow", "start": "average", "flow_time": 10.0}],
     "cart": [{}, {"rank_fraction": 0.2, "lambda": 2.0}],
 }
 CASES = [
@@ -71,13 +73,16 @@ def test_cores_give_what_matrices_give(
         Expert(name=str(t), tensor=update.left @ update.right, weight=weight)
         for t, (update, weight) in enumerate(zip(updates_of(shape, torch.float64), weights, strict=True))
     ]
-    expected = merged(method, TaskVectors(torch.zeros(shape, dtype=torch.float64), whole, name="w"), settings)
+    # A few times as large as the updates, so that a merge that depends on its size tells.
+    base = drawn(*shape, seed=60)
+    whole = [replace(expert, tensor=base + expert.tensor) for expert in whole]
+    expected = merged(method, TaskVectors(base, whole, name="w"), settings)
     space = core_space(updates_of(shape, dtype))
     cores = [
         Expert(name=str(t), tensor=core, weight=weight)
         for t, (core, weight) in enumerate(zip(space.cores, weights, strict=True))
     ]
-    small = merged(method, task_vectors_of(space, cores, name="w"), settings)
+    small = merged(method, task_vectors_of(space, cores, name="w", base_norm=float(base.norm())), settings)
     actual = (space.left @ small @ space.right).double()
     assert expected.norm() > 0.01
     assert (actual - expected).norm() <= _TOLERANCE[dtype] * expected.norm()

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
-from mergekit_ace.matrix.balanced import merge_balanced
+from mergekit_ace.matrix.balanced import large_share, merge_balanced, merge_without_moments
 from mergekit_ace.matrix.bounds import effective_experts
 from mergekit_ace.matrix.decision import low_rank_share
 from mergekit_ace.matrix.expert import Expert
@@ -15,7 +16,7 @@ from mergekit_ace.matrix.options import Bounds, CovarianceOptions, SecondMoment
 from mergekit_ace.matrix.presets import ACE, ACE_0_1, ACE_PUBLISHED
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from tests.matrix.experts import adapter_updates, layer, related_updates, steep_updates
-from tests.reference.ace_default import balanced
+from tests.reference.ace_default import balanced, without_moments
 
 ORTHOGONAL = Bounds(retention=True, length="orthogonal")
 SHAPES = [(30, 50), (50, 30), (40, 40), (20, 200), (5, 1)]
@@ -145,15 +146,68 @@ def test_updates_without_a_centered_second_moment_are_not_lost(options: Covarian
 ADAPTERS = [adapter_updates(280, 300, 4, rank=8), adapter_updates(60, 80, 3, rank=4)]
 
 
+# Of the base's norm: from adapters of language models to what destroys a network.
+SIZES = [0.001, 0.01, 0.1, 0.3, 3.0]
+
+
+def sized(updates: list[torch.Tensor], size: float) -> TaskVectors:
+    """Around a base of which the updates are that large in the mean."""
+    energy = sum(float(update.square().sum()) for update in updates) / len(updates)
+    return layer(updates, base_scale=(energy / updates[0].numel()) ** 0.5 / size)
+
+
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("updates", ADAPTERS)
-def test_row_spaces_by_chance_are_merged_without_them(updates: list[torch.Tensor]) -> None:
+def test_row_spaces_by_chance_are_merged_without_them(updates: list[torch.Tensor], size: float) -> None:
     updates = [3.0**t * update for t, update in enumerate(updates)]
-    merged = merge_by_covariance(layer(updates), ACE)
+    task_vectors = sized(updates, size)
+    merged = merge_by_covariance(task_vectors, ACE)
     assert merged.averaged == 1
     assert merged.correlation is not None
     assert merged.correlation < 0.05
-    expected = balanced(updates, [1.0] * len(updates))
+    expected = without_moments(updates, [1.0] * len(updates), float(task_vectors.base.norm()))
     torch.testing.assert_close(merged.task_vector, expected, rtol=0, atol=1e-9)
+
+
+def test_small_updates_are_added_up_and_large_ones_averaged_without_a_cliff() -> None:
+    updates = adapter_updates(60, 80, 3, rank=4)
+    mean = sum(updates) / 3
+    added = balanced(updates, [1.0] * 3)
+    # Steps of a tenth, from a thousandth of the base to half of it and beyond.
+    sizes = [0.001 * 1.1**step for step in range(100)]
+    parts = []
+    for size in sizes:
+        merged = merge_without_moments(sized(updates, size))
+        share = float(((merged - added) * (mean - added)).sum() / (mean - added).square().sum())
+        torch.testing.assert_close(merged, added + share * (mean - added), rtol=0, atol=1e-9)
+        parts.append(share)
+    assert parts[0] < 1e-3
+    assert parts[-1] > 0.99
+    steps = [after - before for before, after in pairwise(parts)]
+    assert min(steps) > 0
+    # d w / d log s is a half where it is steepest, at a tenth of the base.
+    assert max(steps) < 0.05
+    assert large_share(sized(updates, 0.1)) == pytest.approx(0.5, rel=0.05)
+
+
+def test_updates_count_as_small_where_the_base_is_not_known_and_as_large_where_it_is_zero() -> None:
+    updates = adapter_updates(60, 80, 3, rank=4)
+    unknown = sized(updates, 1.0)
+    unknown.base_norm = None
+    torch.testing.assert_close(merge_without_moments(unknown), balanced(updates, [1.0] * 3), rtol=0, atol=1e-9)
+    torch.testing.assert_close(merge_without_moments(weighted(updates, [1.0] * 3)), sum(updates) / 3)
+
+
+@pytest.mark.parametrize("factor", [0.01, 100.0])
+def test_base_and_updates_in_another_unit_give_the_same(factor: float) -> None:
+    updates = [3.0**t * update for t, update in enumerate(adapter_updates(60, 80, 3, rank=4))]
+    task_vectors = sized(updates, 0.1)
+    merged = merge_by_covariance(task_vectors, ACE).task_vector
+    experts = [replace(expert, tensor=factor * expert.tensor) for expert in reversed(task_vectors.experts)]
+    other = merge_by_covariance(TaskVectors(factor * task_vectors.base, experts), ACE).task_vector
+    torch.testing.assert_close(other / factor, merged, rtol=0, atol=1e-9)
+    inner = merge_by_covariance(task_vectors.in_units_of(2.0**20), ACE).task_vector
+    torch.testing.assert_close(inner * 2.0**20, merged, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("updates", ADAPTERS)

@@ -3,7 +3,8 @@
 Against the published steps (`tests/reference/ace.py`): second moments are not centered and always divided by their
 trace, the ridge is oracle-approximating shrinkage, there is no prior, the preliminary merge itself is refined and by as
 much as the experts disagree, and the result is bounded in what it retains and in length. Updates of low rank are held
-nearer to the base, and merged by balanced task singular vectors where their second moments do not correlate.
+nearer to the base, and merged by balanced task singular vectors where their second moments do not correlate, or
+averaged as far as they are large for the base.
 """
 
 import math
@@ -19,6 +20,7 @@ from tests.reference.weights import participants
 CORRELATION = 0.05
 NEARLY_ALL = 0.9
 LEAST_SHRINKAGE = 0.95
+TOLERATED = 0.1
 
 
 def shrinkage(second_moment: Tensor, samples: int) -> float:
@@ -70,12 +72,23 @@ def balanced(D: list[Tensor], a: list[float]) -> Tensor:
     return merged * min(1.0, length / max(float(merged.norm()), 1e-300))
 
 
+def without_moments(D: list[Tensor], a: list[float], base_norm: float | None) -> Tensor:
+    """That of small updates, the average of large ones; the base's norm is None where it is not known."""
+    if base_norm is None:
+        return balanced(D, a)
+    mean = sum(a_t * d for a_t, d in zip(a, D, strict=True)) / len(D)
+    update = sum(a_t * float(d.norm()) ** 2 for a_t, d in zip(a, D, strict=True)) / len(D)
+    large = update / (update + TOLERATED**2 * base_norm**2)
+    return (1 - large) * balanced(D, a) + large * mean
+
+
 def ace_default(
     task_vectors: Sequence[Tensor],
     weights: Sequence[float] | None = None,
     dtype: torch.dtype = torch.float64,
     spectral_fraction: float = 0.3,
     relative_rank: float | None = None,
+    base_norm: float | None = None,
 ) -> Tensor:
     """The merged task vector of one layer, `[m, n]`, computed in `dtype`."""
     D, a = participants(task_vectors, weights, dtype)
@@ -99,7 +112,7 @@ def ace_default(
 
     # Second moments of adapters that do not correlate are no second moments of the inputs: a mean.
     if low_rank and correlation(S, a) < CORRELATION:
-        return balanced(D, a)
+        return without_moments(D, a, base_norm)
 
     # 2. The weight of least interference.
     numerator = sum(a_t * (d @ s) for a_t, d, s in zip(a, D, S, strict=True))

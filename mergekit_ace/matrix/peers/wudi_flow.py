@@ -76,4 +76,5 @@ def _gathered(curvature: Tensor, time: float) -> Tensor:
     # Rounding may leave eigenvalues below zero.
     smallest = torch.finfo(torch.float64).eps / time
     values = values.clamp_min(smallest)
-    return ((vectors * (-torch.expm1(-time * values) / values)) @ vectors.mT).to(curvature.dtype)
+    gathered: Tensor = (vectors * (-torch.expm1(-time * values) / values)) @ vectors.mT
+    return gathered.to(curvature.dtype)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mergekit.options import MergeOptions
 
+from mergekit_ace.adapters.effect import require_effect
 from mergekit_ace.adapters.from_recipe import request_of
 from mergekit_ace.adapters.merge import AdapterMerge, WeightReport
 from mergekit_ace.adapters.request import Request, model_name
@@ -90,6 +91,7 @@ def examine_adapters(file: Path, options: MergeOptions | None = None, *, rank: R
     try:
         request = request_of(recipe.config, options or MergeOptions(), rank=rank)
         findings += _of_adapters(request)
+        require_effect(request.adapters)
         outlook = _outlook(request)
     except READING as error:
         return _stopped(findings, message_of(error))

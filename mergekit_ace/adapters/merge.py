@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ace.adapters.base_norms import BaseNorms
+from mergekit_ace.adapters.effect import require_effect
 from mergekit_ace.adapters.request import Request
 from mergekit_ace.adapters.truncation import Rank, Truncation, input_weight, outputs_kept
 from mergekit_ace.factors.core_space import CoreSpace, core_space, output_space, task_vectors_of
@@ -132,9 +133,10 @@ class AdapterMerge:
         """Every weight that an adapter updates.
 
         Raises:
-            AdapterError: the method cannot be run on factors, or an adapter holds NaN or infinity.
+            AdapterError: the method cannot be run on factors, or an adapter does nothing, or holds NaN or infinity.
             FactorizationError: a system that no jitter makes positive definite.
         """
+        require_effect(self._request.adapters)
         for name, place in self._request.places.items():
             yield self._weight(place, self._request.parameters(name))
 

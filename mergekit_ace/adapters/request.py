@@ -48,6 +48,7 @@ class Request:
     def __post_init__(self) -> None:
         _require_one_layout(self.adapters)
         _require_kinship(self.adapters, self.base)
+        _require_alike_names(self.adapters)
         self._places.update(_common_places(self.adapters))
         _require_one_form(self.adapters, self._places)
 
@@ -158,6 +159,30 @@ def _require_kinship(adapters: Sequence[Adapter], base: str | None) -> None:
                 f"adapters of one base must have modules in common; {adapter.name} has {', '.join(sorted(own))}, the "
                 f"others have {', '.join(sorted(others))}. Check that it is an adapter of the same model"
             )
+
+
+def _require_alike_names(adapters: Sequence[Adapter]) -> None:
+    """Adapters whose modules have the same names but for a beginning, which a wrapper of the model has put there."""
+    for adapter in adapters:
+        for other in adapters:
+            pairs = [
+                (longer, name)
+                for longer in adapter.updates
+                if longer not in other.updates and (name := _ending(longer, other.updates)) is not None
+            ]
+            if pairs and len(pairs) == len(adapter.updates):
+                longer, name = pairs[0]
+                raise AdapterError(
+                    f"adapters of one base must name its modules alike; {adapter.name} has {longer} where "
+                    f"{other.name} has {name}. Rename the keys of one of them"
+                )
+
+
+def _ending(longer: str, names: Mapping[str, Any]) -> str | None:
+    """The end of a dotted name that is one of the names."""
+    parts = longer.split(".")
+    endings = (".".join(parts[start:]) for start in range(1, len(parts)))
+    return next((ending for ending in endings if ending in names), None)
 
 
 def _stems(adapter: Adapter) -> set[str]:

@@ -31,6 +31,8 @@ _SIZES = re.compile(
 )
 # The factor of a low-rank update that starts at zero.
 _STARTS_AT_ZERO = re.compile(r"lora_(?:embedding_)?B(?:\.|$)")
+_PAIR = re.compile(r"lora_(?:embedding_)?([AB])(?:\.|$)")
+_OTHER = {"A": "B", "B": "A"}
 _FACTOR = re.compile(r"lora_|\.vera_|\.hada_|\.lokr_|\.oft_|\.boft_|ia3_")
 _TABLE = re.compile(r"embed|lm_head|wte|wpe|shared")
 
@@ -63,6 +65,15 @@ def check_fit(model: ModelReference, options: MergeOptions) -> Iterator[Finding]
             level="error", what=f"the adapter {folder} of {model} holds no tensor", remedy="Train it, or save it again."
         )
         return
+    halves = _halves(headers)
+    if halves:
+        yield Finding(
+            level="error",
+            what=f"the adapter {folder} of {model} must hold both factors of an update; {_some(halves)} has one alone, "
+            "and peft leaves the other as it starts",
+            remedy="Copy or save the adapter again: its file is not whole.",
+        )
+        return
     idle = _idle(file, headers, config)
     if idle is not None:
         yield Finding(
@@ -84,6 +95,16 @@ def _idle(file: Path, headers: Mapping[str, TensorHeader], config: peft.PeftConf
     if all(not bool(tensor.any()) for tensor in _tensors(file, factors)):
         return f"all {len(factors)} of its matrices B are 0, as before the first step of training"
     return None
+
+
+def _halves(headers: Mapping[str, TensorHeader]) -> list[str]:
+    """Factors of low-rank updates whose counterpart is not there."""
+    return [
+        name
+        for name in headers
+        if (found := _PAIR.search(name))
+        and f"{name[: found.start(1)]}{_OTHER[found[1]]}{name[found.end(1) :]}" not in headers
+    ]
 
 
 def _tensors(file: Path, names: Sequence[str]) -> Iterator[torch.Tensor]:
@@ -122,8 +143,17 @@ def _check_keys(
             remedy="Put it on the model that it was trained on.",
         )
         return
+    expected = _saved_names(adapted)
     ignored, sizes = _load(adapted, headers)
-    yield from _ignored(model, folder, headers, ignored, _saved_names(adapted))
+    yield from _ignored(model, folder, headers, ignored, expected)
+    lacking = sorted(name for name in expected if _PAIR.search(name) and name not in headers)
+    if lacking and not ignored:
+        yield Finding(
+            level="warning",
+            what=f"the adapter {folder} of {model} lacks {len(lacking)} of the {len(expected)} tensors that its "
+            f"configuration names: {_some(lacking)}; peft leaves those modules as in the base",
+            remedy="Nothing to do, if it was trained on the others alone; else copy it again.",
+        )
     yield from _sizes(model, folder, sizes)
 
 
@@ -174,9 +204,6 @@ def _ignored(
 ) -> Iterator[Finding]:
     if not ignored:
         return
-    listed = ", ".join(ignored[:_MOST_NAMES]) + (
-        f" and {len(ignored) - _MOST_NAMES} more" if len(ignored) > _MOST_NAMES else ""
-    )
     everything = len(ignored) >= len(headers)
     yield Finding(
         level="error" if everything else "warning",
@@ -186,7 +213,7 @@ def _ignored(
             if everything
             else f"does less than it holds: {len(ignored)} of its {len(headers)} tensors are ignored"
         )
-        + f": no module of {model.model} matches {listed}",
+        + f": no module of {model.model} matches {_some(ignored)}",
         remedy=_other_prefix(ignored, expected) or "Put it on the model that it was trained on.",
     )
 
@@ -236,6 +263,11 @@ def _sizes(model: ModelReference, folder: Path, sizes: Sequence[tuple[str, str, 
             f"({ours}), and {len(sizes) - 1} more",
             remedy="Put it on the model that it was trained on.",
         )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
 
 
 def _targets(targets: object) -> str:

@@ -109,6 +109,24 @@ def test_what_is_ignored_in_part_is_a_warning(llama: Suite, adapter: Path, tmp_p
     assert "layers.7.mlp.up_proj" in finding.what
 
 
+def without(part: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_one_factor_alone_is_no_update(factor: str, llama: Suite, adapter: Path, tmp_path: Path) -> None:
+    (finding,) = findings(llama.base.path, changed(adapter, tmp_path / "a", without(factor)))
+    assert finding.level == "error"
+    assert "must hold both factors of an update; base_model.model.model.layers.0" in finding.what
+    assert "and 3 more has one alone" in finding.what
+
+
+def test_layers_that_are_not_there_are_a_warning(llama: Suite, adapter: Path, tmp_path: Path) -> None:
+    (finding,) = findings(llama.base.path, changed(adapter, tmp_path / "a", without("layers.1")))
+    assert finding.level == "warning"
+    assert "lacks 4 of the 12 tensors that its configuration names: base_model.model.model.layers.1" in finding.what
+
+
 def test_an_adapter_of_another_architecture(adapter: Path, tmp_path: Path) -> None:
     base = make_suite("gpt2", tmp_path, experts=1).base.path
     (finding,) = findings(base, adapter)

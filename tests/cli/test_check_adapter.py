@@ -1,12 +1,13 @@
 """`mergekit-ace check --adapter`: from the adapters alone, with no base on the disk."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.checkpoints import Suite, add_adapter
+from tests.checkpoints import Suite, add_adapter, edit_tensors
 from tests.cli.conftest import Invoke
 
 BASE = "somebody/else-has-it"
@@ -67,3 +68,33 @@ def test_what_is_wrong_is_found(adapters: list[Path], tmp_path: Path, invoke: In
     alone = invoke("check", recipe(tmp_path, adapters), "--rank", "2")
     assert alone.exit_code == 2
     assert "add --adapter" in alone.stderr
+
+
+@pytest.mark.parametrize("command", ["check", "merge"])
+def test_an_adapter_that_does_nothing(command: str, adapters: list[Path], tmp_path: Path, invoke: Invoke) -> None:
+    with edit_tensors(adapters[1] / "adapter_model.safetensors") as tensors:
+        for name in list(tensors):
+            if "lora_B" in name:
+                tensors[name] = tensors[name] * 0
+    out = [tmp_path / "out"] if command == "merge" else []
+    result = invoke(command, recipe(tmp_path, adapters), *out, "--adapter")
+    assert result.exit_code == 1
+    assert "the adapter adapter1 does nothing: all of its 6 updates are 0" in result.output.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["check", "merge", "inspect"])
+def test_modules_under_a_longer_name(command: str, adapters: list[Path], tmp_path: Path, invoke: Invoke) -> None:
+    with edit_tensors(adapters[0] / "adapter_model.safetensors") as tensors:
+        for name in list(tensors):
+            tensors[name.replace("base_model.model.", "base_model.model.module.")] = tensors.pop(name)
+    adapters = [adapters[0], adapters[0].parent / "same"]
+    shutil.copytree(adapters[0], adapters[1])
+    with edit_tensors(adapters[1] / "adapter_model.safetensors") as tensors:
+        for name in list(tensors):
+            tensors[name.replace("model.module.", "model.")] = tensors.pop(name)
+    out = [tmp_path / "out"] if command == "merge" else []
+    result = invoke(command, recipe(tmp_path, adapters), *out, "--adapter")
+    assert result.exit_code == 1
+    assert "adapter0 has module.model.layers.0" in result.output.replace("\n", " ")
+    assert "where same has model.layers.0" in result.output.replace("\n", " ")

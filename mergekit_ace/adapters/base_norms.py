@@ -6,7 +6,9 @@ import math
 from functools import cached_property
 from pathlib import Path
 
-from mergekit.io import LazyTensorLoader
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 
 from mergekit_ace.factors.model import Place
 from mergekit_ace.factors.tensors import AdapterError
@@ -14,13 +16,14 @@ from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.unreadable import READING, message_of
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_FILES = tuple(f"{name}{end}" for name in _WEIGHTS for end in ("", ".index.json"))
 
 
 class BaseNorms:
     """Reads a weight of the base when its norm is asked for, and keeps nothing.
 
     Args:
-        base: the base model's folder, or its name on a hub, which is not fetched.
+        base: the base model's folder, or its name on a hub: taken from the hub's cache on this disk, and not fetched.
     """
 
     def __init__(self, base: str | None) -> None:
@@ -49,12 +52,15 @@ class BaseNorms:
             return None
         return math.sqrt(squared_norm(tensor if index is None else tensor[index]))
 
+    @property
+    def known(self) -> bool:
+        """Whether the base's weights are at hand."""
+        return self._loader is not None
+
     @cached_property
     def _loader(self) -> LazyTensorLoader | None:
-        if self._base is None:
-            return None
-        folder = Path(self._base)
-        if not any((folder / f"{name}{end}").is_file() for name in _WEIGHTS for end in ("", ".index.json")):
+        folder = None if self._base is None else _folder(self._base)
+        if folder is None:
             return None
         try:
             return LazyTensorLoader.from_disk(str(folder))
@@ -66,3 +72,18 @@ class BaseNorms:
             f"the weights of the base model {self._base} must be readable for their norms; {message_of(error)}. "
             "Repair the model, or take its weights away: updates then count as small for them"
         )
+
+
+def _folder(base: str) -> Path | None:
+    """Where the base's weights lie on this disk; None where they do not."""
+    if Path(base).is_dir():
+        return Path(base) if any((Path(base) / name).is_file() for name in _FILES) else None
+    try:
+        found = [file for name in _FILES if isinstance(file := try_to_load_from_cache(base, name), str)]
+    except HFValidationError:  # no name that a hub knows
+        return None
+    if not found:
+        return None
+    folder = Path(found[0]).parent
+    shards = ShardedTensorIndex.from_disk(str(folder)).shards
+    return folder if all((folder / shard.filename).is_file() for shard in shards) else None

@@ -175,8 +175,18 @@ class AdapterMerge:
                 space=core_space(factors) if measured is None else output_space(factors),
                 turned=turned,
                 measured=measured,
-                base_norm=self._base_norms.of(place, index) if sized else None,
+                base_norm=self._base_norm(place, index) if sized else None,
             )
+
+    def _base_norm(self, place: Place, index: int | None) -> float | None:
+        if not self._base_norms.known:
+            base = self._request.base_name or "the base"
+            self._warnings.warn(
+                "base norms",
+                f"The weights of {base} are not on this machine, so the adapters' updates count as small for them, as "
+                "those of language models are. If they are above a few percent, name the base's folder as base_model.",
+            )
+        return self._base_norms.of(place, index)
 
     def _weight(self, place: Place, parameters: Mapping[str, Any]) -> MergedWeight:
         treated = self.treat(place, parameters)

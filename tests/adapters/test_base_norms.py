@@ -1,5 +1,6 @@
 """How large an update is for its weight: by the base's weights where they are at hand, otherwise small."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -46,16 +47,20 @@ def base_without_weights(suite: Suite, folder: Path) -> Path:
 
 
 def test_large_updates_are_averaged_where_the_base_is_at_hand(
-    suite: Suite, adapters: list[Path], tmp_path: Path
+    suite: Suite, adapters: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     updates = [q_proj(folder) for folder in adapters]
     norm = float(suite.base.tensors[NAME].double().norm())
     parameters = {"correlation_threshold": 1.0}  # none of them correlates so much
     merge_adapters(adapters, base=str(suite.base.path), parameters=parameters, out=tmp_path / "known")
+    assert "count as small" not in caplog.text
     known = q_proj(tmp_path / "known")
     torch.testing.assert_close(known, without_moments(updates, [1.0, 1.0], norm), atol=1e-5, rtol=1e-4)
     away = base_without_weights(suite, tmp_path / suite.base.path.name)
+    caplog.clear()
     merge_adapters(adapters, base=str(away), parameters=parameters, out=tmp_path / "unknown")
+    (record,) = (record for record in caplog.records if "count as small" in record.getMessage())
+    assert str(away) in record.getMessage()
     unknown = q_proj(tmp_path / "unknown")
     torch.testing.assert_close(unknown, balanced(updates, [1.0, 1.0]), atol=1e-5, rtol=1e-4)
     assert float((known - unknown).norm()) > 0.2 * float(unknown.norm())
@@ -90,3 +95,21 @@ def test_of_whole_and_stacked_weights(tmp_path: Path) -> None:
         assert norms.of(unknown) is None
     assert BaseNorms(None).of(stack, 0) is None
     assert BaseNorms("an-owner/a-model").of(stack, 0) is None
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_base_in_the_cache_of_the_hub(complete: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    revision = "0" * 40
+    repository = tmp_path / "models--an-owner--a-model"
+    snapshot = repository / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    files = {"a.weight": "model-00001-of-00002.safetensors", "b.weight": "model-00002-of-00002.safetensors"}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    for name, file in list(files.items())[: 2 if complete else 1]:
+        save_file({name: torch.ones(2, 2)}, snapshot / file)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    norms = BaseNorms("an-owner/a-model")
+    assert norms.known is complete
+    assert norms.of(Place(module="a", kind="linear", shape=(2, 2))) == (2 if complete else None)

@@ -34,7 +34,7 @@ def measure(suite: BuiltSuite, settings: list[Setting], results: Path, fresh: tu
         found = Results(suite=suite.name, experts=experts, base=models[base], test_rows=suite.test_rows)
     found.environment = environment()
     redo = {setting.label for setting in selected(fresh, quick=False)} if fresh else set()
-    missing = [s for s in settings if (s.label in redo or s.label not in found.labels()) and known(s)]
+    missing = [s for s in settings if (s.label in redo or s.label not in found.labels()) and known(s, suite)]
     for start in range(0, len(missing), BATCH):
         measured(suite, missing[start : start + BATCH], found)
         found.save(results)
@@ -42,7 +42,9 @@ def measure(suite: BuiltSuite, settings: list[Setting], results: Path, fresh: tu
     return found
 
 
-def known(setting: Setting) -> bool:
+def known(setting: Setting, suite: BuiltSuite) -> bool:
+    if setting.prompts and not suite.has_prompts:
+        return False
     if merging.registered(setting.method):
         return True
     click.echo(f"  {setting.label}: left out, mergekit knows no method {setting.method!r}", err=True)
@@ -57,7 +59,10 @@ def measured(suite: BuiltSuite, settings: list[Setting], found: Results) -> None
         folders = [Path(scratch) / str(place) for place in range(len(settings))]
         for setting, folder in zip(settings, folders, strict=True):
             try:
-                seconds[folder] = merging.merge(setting, suite.root / "base", experts, folder, command=suite.command)
+                moments = measured_moments(setting, suite, folder)
+                seconds[folder] = merging.merge(
+                    setting, suite.root / "base", experts, folder, command=suite.command, moments=moments
+                )
             # a method that fails on one suite must not cost the rest of the table; its error is kept
             except (RuntimeError, ValueError) as error:
                 found.failures[setting.label] = f"{type(error).__name__}: {error}"
@@ -82,6 +87,18 @@ def measured(suite: BuiltSuite, settings: list[Setting], found: Results) -> None
         )
         click.echo(f"  {row.label}: {row.relative_mean:.1f}")
         found.add(row)
+
+
+def measured_moments(setting: Setting, suite: BuiltSuite, folder: Path) -> Path | None:
+    """Moments by prompts of each expert's task, or of the next one's, beside `folder`; None for data-free settings."""
+    if not setting.prompts:
+        return None
+    moments = folder.with_name(f"{folder.name}-moments")
+    files = list(suite.write_prompts(folder.with_name(f"{folder.name}-prompts"), setting.prompts).values())
+    if setting.of_another_task:
+        files = [*files[1:], files[0]]
+    merging.measure_moments(setting, suite.root / "base", [suite.root / task for task in suite.tasks], files, moments)
+    return moments
 
 
 @click.command(help=__doc__)

@@ -13,6 +13,7 @@ from mergekit.merge_methods.registry import registered_methods
 from mergekit.scripts import merge_raw_pytorch, run_yaml
 
 import mergekit_ace
+from mergekit_ace.cli.moments import moments as moments_command
 
 from .settings import Setting
 
@@ -20,7 +21,7 @@ RANDOM_SEED = "0"
 WEIGHTS = "model.safetensors"
 
 
-def recipe(setting: Setting, base: Path, experts: list[Path]) -> str:
+def recipe(setting: Setting, base: Path, experts: list[Path], moments: Path | None = None) -> str:
     """The YAML text; float32 arithmetic and output whatever the checkpoints' dtype, so no rounding is added."""
     content: dict[str, object] = {
         "merge_method": setting.method,
@@ -29,8 +30,9 @@ def recipe(setting: Setting, base: Path, experts: list[Path]) -> str:
     }
     if setting.takes_base:
         content["base_model"] = str(base)
-    if setting.parameters:
-        content["parameters"] = dict(setting.parameters)
+    parameters = dict(setting.parameters) | ({"moments": str(moments)} if moments else {})
+    if parameters:
+        content["parameters"] = parameters
     return yaml.safe_dump(content, sort_keys=False)
 
 
@@ -40,7 +42,17 @@ def registered(method: str) -> bool:
     return method in {known.spec.name for known in registered_methods()}
 
 
-def merge(setting: Setting, base: Path, experts: list[Path], out: Path, *, command: str) -> float:
+def measure_moments(setting: Setting, base: Path, experts: list[Path], prompts: list[Path], out: Path) -> None:
+    """Write the moments of each expert's prompts into `out`, by `mergekit-ace moments`."""
+    config = out.with_name(f"{out.name}.yaml")
+    config.write_text(recipe(setting, base, experts), encoding="utf-8")
+    given = [f"--prompts={expert}={file}" for expert, file in zip(experts, prompts, strict=True)]
+    moments_command.main(args=[str(config), *given, "--out", str(out), "--quiet"], standalone_mode=False)
+
+
+def merge(
+    setting: Setting, base: Path, experts: list[Path], out: Path, *, command: str, moments: Path | None = None
+) -> float:
     """Write the merged checkpoint into `out`; returns the wall seconds it took."""
     out.mkdir(parents=True)
     config = out / "recipe.yaml"
@@ -52,6 +64,6 @@ def merge(setting: Setting, base: Path, experts: list[Path], out: Path, *, comma
         merge_raw_pytorch.main.main(args=options, standalone_mode=False)
         shutil.copy(base / "config.json", out)
     else:
-        config.write_text(recipe(setting, base, experts), encoding="utf-8")
+        config.write_text(recipe(setting, base, experts, moments), encoding="utf-8")
         run_yaml.main.main(args=[*options, "--no-copy-tokenizer"], standalone_mode=False)
     return time.perf_counter() - started

@@ -12,7 +12,13 @@ import matplotlib.pyplot as plt
 from .results import Results
 from .tables import in_order, is_hand_set
 
-COLOURS = {"mergekit": "#9aa5b1", "ace": "#c2410c", "ace published": "#f4a261", "family": "#2a6f97"}
+COLOURS = {
+    "mergekit": "#9aa5b1",
+    "ace": "#c2410c",
+    "ace published": "#f4a261",
+    "family": "#2a6f97",
+    "with prompts": "#6b4c9a",
+}
 STYLE: dict[Any, object] = {
     "svg.hashsalt": "mergekit-ace",
     "font.size": 9,

@@ -77,6 +77,16 @@ class BuiltSuite:
             return {task: len(path.read_text(encoding="utf-8").splitlines()) for task, path in files.items()}
         return None
 
+    @property
+    def has_prompts(self) -> bool:
+        """Whether its program writes prompts of each task."""
+        return bool(self.facts.get("prompts", False))
+
+    def write_prompts(self, folder: Path, count: int) -> dict[str, Path]:
+        """So many training prompts of each task, and a tokenizer into the base's folder."""
+        self.run("prompts", str(self.root), str(folder), str(count))
+        return {task: folder / f"{task}.jsonl" for task in self.tasks}
+
     def score(self, folders: list[Path]) -> tuple[dict[str, float], dict[Path, dict[str, float]]]:
         """Accuracies in [0, 1] of the experts on their own tasks, and of every folder's model on all tasks."""
         return parsed(self.run("score", str(self.root), *map(str, folders)))

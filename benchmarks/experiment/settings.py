@@ -18,6 +18,10 @@ class Setting:
     parameters: Mapping[str, Value] = field(default_factory=lambda: MappingProxyType({}))
     takes_base: bool = True
     quick: bool = False
+    prompts: int = 0
+    """Training rows of each task by which second moments are measured: no data-free setting."""
+    of_another_task: bool = False
+    """Each expert is given the next one's prompts, as a control."""
 
     @property
     def epsilon(self) -> float | None:
@@ -32,6 +36,10 @@ def of_mergekit(
     return Setting(
         label=label, group="mergekit", method=method, parameters=parameters, takes_base=takes_base, quick=quick
     )
+
+
+def with_prompts(label: str, count: int, *, of_another_task: bool = False) -> Setting:
+    return Setting(label=label, group="with prompts", method="ace", prompts=count, of_another_task=of_another_task)
 
 
 EPSILON_GRID = (1e-6, 1e-5, 1e-4, 2e-4, 1e-3, 1e-2, 1e-1)
@@ -72,6 +80,9 @@ SETTINGS: tuple[Setting, ...] = (
         Setting(label=method, group="family", method=method, quick=method in ("tsv_m", "iso_c"))
         for method in ("actmat", "wudi", "tsv_m", "iso_c", "iso_cts", "cart")
     ),
+    with_prompts("ace, 8 prompts (not data-free)", 8),
+    with_prompts("ace, 32 prompts (not data-free)", 32),
+    with_prompts("ace, 8 prompts of another task (not data-free)", 8, of_another_task=True),
 )
 
 

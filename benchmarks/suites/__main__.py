@@ -2,6 +2,7 @@
 
 python -m benchmarks.suites NAME build DIR [--reuse DIR]
 python -m benchmarks.suites NAME score DIR MODEL...
+python -m benchmarks.suites NAME prompts DIR OUT COUNT
 """
 
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import click
 
 from .catalogue import SUITES
-from .form import Kind, build, score
+from .form import Kind, KindWithPrompts, build, score, write_prompts
 
 
 def kind_of(name: str) -> Kind:
@@ -55,6 +56,19 @@ def build_command(suite, root: Path, reuse: Path | None) -> None:  # type: ignor
 def score_command(suite, root: Path, models: tuple[Path, ...]) -> None:  # type: ignore[no-untyped-def]
     """Print per-task accuracies and their mean relative to the experts."""
     score(kind_of(suite.kind), suite, root, list(models))
+
+
+@main.command("prompts")
+@click.argument("root", metavar="DIR", type=click.Path(path_type=Path, exists=True))
+@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("count", metavar="COUNT", type=click.IntRange(min=1))
+@click.pass_obj
+def prompts_command(suite, root: Path, out: Path, count: int) -> None:  # type: ignore[no-untyped-def]
+    """Write COUNT training rows of each task to OUT, and a tokenizer to DIR/base."""
+    kind = kind_of(suite.kind)
+    if not isinstance(kind, KindWithPrompts):
+        raise click.UsageError(f"the models of {suite.name} have no tokenizer")
+    write_prompts(kind, suite, root, out, count)
 
 
 if __name__ == "__main__":

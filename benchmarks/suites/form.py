@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import transformers
@@ -38,6 +38,28 @@ class Kind(Protocol):
     def test_rows(self, suite: Suite, root: Path) -> dict[str, int]:
         """How many independent test rows each accuracy rests on."""
         ...
+
+
+@runtime_checkable
+class KindWithPrompts(Protocol):
+    """A kind whose models are run on text."""
+
+    def prompts(self, task: str, count: int) -> list[dict[str, str]]:
+        """Training rows, as `mergekit-ace moments` takes them; the same first ones for every count."""
+        ...
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the models' tokenizer."""
+        ...
+
+
+def write_prompts(kind: KindWithPrompts, suite: Suite, root: Path, out: Path, count: int) -> None:
+    """Write `out/<task>.jsonl`, and the tokenizer that reads them into `root/base`."""
+    kind.save_tokenizer(root / "base")
+    out.mkdir(parents=True, exist_ok=True)
+    for task in suite.tasks:
+        lines = [json.dumps(row) + "\n" for row in kind.prompts(task, count)]
+        (out / f"{task}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def build(kind: Kind, suite: Suite, root: Path, reuse: Path | None = None) -> None:
@@ -81,6 +103,7 @@ def write_facts(kind: Kind, suite: Suite, root: Path) -> None:
     facts = {
         "command": kind.command,
         "tasks": list(suite.tasks),
+        "prompts": isinstance(kind, KindWithPrompts),
         "test_rows": kind.test_rows(suite, root),
         "recipe": asdict(suite),
     }

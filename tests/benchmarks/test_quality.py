@@ -53,6 +53,43 @@ def test_the_table_has_a_row_for_every_setting(builds: Path, tmp_path: Path) -> 
     assert (tmp_path / "quality-epsilon.svg").stat().st_size > 0
 
 
+def test_settings_with_prompts_measure_moments(builds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the expert's own task, and of the other's; labelled as not data-free."""
+    files = []
+    real = merging.measure_moments
+
+    def noting(setting, base, experts, prompts, out):  # type: ignore[no-untyped-def]
+        lines = [len(file.read_text().splitlines()) for file in prompts]
+        files.append(
+            list(zip([expert.name for expert in experts], [file.name for file in prompts], lines, strict=True))
+        )
+        real(setting, base, experts, prompts, out)
+
+    monkeypatch.setattr(merging, "measure_moments", noting)
+    assert run(builds, tmp_path, "--methods", "ace", "--methods", "ace, 8 prompts*").exit_code == 0
+    assert files == [
+        [("left", "left.jsonl", 8), ("right", "right.jsonl", 8)],
+        [("left", "right.jsonl", 8), ("right", "left.jsonl", 8)],
+    ]
+    rows = json.loads((tmp_path / "quality-tiny.json").read_text())["rows"]
+    assert [row["label"] for row in rows] == [
+        "ace",
+        "ace, 8 prompts (not data-free)",
+        "ace, 8 prompts of another task (not data-free)",
+    ]
+    assert len({tuple(row["accuracies"].values()) for row in rows}) == 3
+
+
+def test_suites_without_prompts_leave_those_settings_out(builds: Path, tmp_path: Path) -> None:
+    suite = tmp_path / "tiny"
+    shutil.copytree(builds / "tiny", suite)
+    (suite / "suite.json").unlink()
+    assert run(tmp_path, tmp_path / "results", "--methods", "average", "--methods", "ace, *").exit_code == 0
+    saved = json.loads((tmp_path / "results" / "quality-tiny.json").read_text())
+    assert [row["label"] for row in saved["rows"]] == ["average"]
+    assert not saved["failures"]
+
+
 def test_an_expert_merged_with_its_copy_scores_100(builds: Path, tmp_path: Path) -> None:
     twins = tmp_path / "tiny"
     shutil.copytree(builds / "tiny", twins)

@@ -2,6 +2,7 @@
 
 python suite.py build DIR
 python suite.py score DIR MODEL...
+python suite.py prompts DIR OUT COUNT
 
 A task: for random inputs to the query and the gate projection, choose the output that its expert makes the largest.
 """
@@ -56,6 +57,23 @@ def build(root: Path) -> None:
     for task in TASKS:
         drawn = {name: random.standard_normal(shape, dtype=numpy.float32) for name, shape in SHAPES.items()}
         save({name: base[name] + 0.5 * drawn[name] for name in base}, root / task)
+    (root / "suite.json").write_text(json.dumps({"tasks": list(TASKS), "prompts": True}))
+
+
+def write_prompts(root: Path, out: Path, count: int) -> None:
+    """Words of each task, of one half of the vocabulary each."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(WIDTH)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(root / "base")
+    out.mkdir()
+    random = numpy.random.default_rng(2)
+    for place, task in enumerate(TASKS):
+        words = random.integers(place * WIDTH // 2, (place + 1) * WIDTH // 2, (count, 9))
+        lines = [json.dumps({"text": " ".join(f"w{word}" for word in row)}) for row in words.tolist()]
+        (out / f"{task}.jsonl").write_text("\n".join(lines))
 
 
 def choices(weights: Weights) -> numpy.ndarray:
@@ -75,5 +93,7 @@ def score(root: Path, folders: list[Path]) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "build":
         build(Path(sys.argv[2]))
+    elif sys.argv[1] == "prompts":
+        write_prompts(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
     else:
         score(Path(sys.argv[2]), [Path(folder) for folder in sys.argv[3:]])

@@ -43,11 +43,16 @@ def _parse_prompts(ctx: click.Context, param: click.Parameter, values: Sequence[
     "--prompts",
     "prompt_files",
     multiple=True,
-    required=True,
     metavar="NAME=FILE",
     callback=_parse_prompts,
     help="Prompts of an expert, by the last part of its path or the whole of it: .txt (one a line), .jsonl (prompt, "
     "text or messages) or a folder; once for each expert that has some",
+)
+@click.option(
+    "--self-prompts",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Of every expert without --prompts, N texts that it says by itself: no data, but every such expert is run",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write; new or empty")
 @click.option(
@@ -77,6 +82,7 @@ def moments(
     merge_options: MergeOptions,
     config_file: Path,
     prompt_files: list[tuple[str, Path]],
+    self_prompts: int | None,
     out: Path,
     by: Literal["base", "expert"],
     tokens: int,
@@ -87,12 +93,15 @@ def moments(
 
     For ace, wudi and actmat: set moments to the folder in the recipe's parameters. An expert without prompts keeps the
     estimate from its task vector. A few prompts of the expert's own task are enough, with answers where there are some.
+    With --self-prompts the experts say the prompts themselves.
 
     The folder holds the second moment of some tokens' activations, no prompts and no tokens. Keep it as private as the
     prompts all the same: activations hold information on what they were made from.
 
     A run that was stopped is continued by the same command.
     """
+    if not prompt_files and self_prompts is None:
+        raise click.UsageError("Give --prompts NAME=FILE for some experts, or --self-prompts N")
     with reported(traceback=merge_options.verbosity > 0):
         merge_options.apply_global_options()  # type: ignore[no-untyped-call]
         recipe = read_recipe(config_file)
@@ -100,11 +109,12 @@ def moments(
         with planned(recipe, merge_options, adapters_unmerged=True) as plan, tempfile.TemporaryDirectory() as folder:
             collected = collect(
                 plan,
-                _by_expert(plan, read),
+                _by_expert(plan, read, others=self_prompts is not None),
                 out,
                 Settings(
                     by=by,
                     tokens=tokens,
+                    self_prompts=self_prompts or 0,
                     seed=merge_options.random_seed or 0,
                     dtype=run_dtype,
                     device=plan.device,
@@ -115,13 +125,15 @@ def moments(
     _show(collected, out)
 
 
-def _by_expert(plan: Plan, read: dict[str, list[Prompt]]) -> dict[str, tuple[ModelReference, list[Prompt]]]:
-    """Each list of prompts with the expert that its name stands for.
+def _by_expert(
+    plan: Plan, read: dict[str, list[Prompt]], *, others: bool
+) -> dict[str, tuple[ModelReference, list[Prompt] | None]]:
+    """Each list of prompts with the expert that its name stands for; None for the others, if they are wanted too.
 
     Raises:
         RecipeError: a name that stands for none, or for several.
     """
-    result: dict[str, tuple[ModelReference, list[Prompt]]] = {}
+    result: dict[str, tuple[ModelReference, list[Prompt] | None]] = {}
     for name, prompts in read.items():
         exact = [expert for expert in plan.experts if str(expert) == name]
         found = exact or [expert for expert in plan.experts if last_part(str(expert)) == name]
@@ -132,13 +144,20 @@ def _by_expert(plan: Plan, read: dict[str, list[Prompt]]) -> dict[str, tuple[Mod
                 f"the whole of it; {'several have it' if found else f'it has {known}'}"
             )
         result[name] = (found[0], prompts)
+    if others:
+        given = [reference for reference, _ in result.values()]
+        rest = [expert for expert in plan.experts if expert not in given]
+        short = [last_part(str(expert)) for expert in plan.experts]
+        for expert in rest:
+            name = last_part(str(expert))
+            result[name if short.count(name) == 1 else str(expert)] = (expert, None)
     return result
 
 
 def _progress(*, quiet: bool) -> Progress:
-    def show(name: str, done: int, total: int) -> None:
+    def show(what: str, done: int, total: int) -> None:
         if not quiet:
-            click.echo(f"\r{name}: {done} of {total} prompts", err=True, nl=done == total)
+            click.echo(f"\r{what}: {done} of {total} prompts", err=True, nl=done == total)
 
     return show
 

@@ -79,6 +79,12 @@ def load_model(
     return module
 
 
+def longest_text(model: ModelReference, options: MergeOptions) -> int:
+    """The most tokens that a model takes; 0 where it states no limit."""
+    config = model.config(trust_remote_code=options.trust_remote_code)
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 0)
+
+
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module that multiplies its input by a weight matrix, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}

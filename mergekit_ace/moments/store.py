@@ -98,6 +98,14 @@ class MomentsWriter:
         """Tensor of the merged model -> the name of its input, of all experts."""
         return self._sources
 
+    @property
+    def tokens(self) -> Mapping[str, int]:
+        """Sampled inputs of each expert, in the layers that all of them came to."""
+        return {
+            name: max((found.tokens for found in entry.inputs.values()), default=0)
+            for name, entry in self._experts.items()
+        }
+
     def finish(self, *, by: Literal["base", "expert"], base: str, tensors: Mapping[str, MeasuredTensor]) -> None:
         """Write the index of what was added and put the folder in place.
 

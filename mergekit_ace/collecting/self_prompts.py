@@ -136,7 +136,7 @@ def _continued(model: Any, start: _Start, count: int, length: int, device: torch
     inputs = torch.tensor([start.ids] * count, device=device)
     # `generate` takes what is None from the model's own settings.
     model.generation_config.eos_token_id = None
-    plain = GenerationConfig(
+    plain = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True,
         temperature=1.0,
         top_k=0,

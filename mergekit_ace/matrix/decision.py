@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mergekit_ace.linalg.low_rank import top_energy
 from mergekit_ace.linalg.precision import squared_norm
+from mergekit_ace.matrix.balanced import large_share
 from mergekit_ace.matrix.bounds import effective_experts, longest_allowed
 from mergekit_ace.matrix.options import CovarianceOptions, HeterogeneityStatistic
 from mergekit_ace.matrix.task_vectors import TaskVectors
@@ -84,8 +85,9 @@ def decide(task_vectors: TaskVectors, options: CovarianceOptions) -> Decision:
     directions = int(refinement.fraction * min(task_vectors.shape)) if refinement and passes else 0
     independent = effective_experts(task_vectors) if options.needs_agreement else None
     low_rank = low_rank_share(task_vectors) if options.needs_rank else None
-    # Held nearer for being estimated from few rows; a measured second moment is not.
-    held = 0.0 if task_vectors.measured else low_rank or 0.0
+    # Held nearer because few rows estimate little. A measured second moment needs that no more, but the network does
+    # where the updates are large for its weights: what was added up is then noise to every expert.
+    held = (low_rank or 0.0) * (large_share(task_vectors) if task_vectors.measured else 1.0)
     return Decision(
         heterogeneity=spread,
         heterogeneous=heterogeneous,

@@ -19,10 +19,12 @@ class MeasuredMoment:
     Attributes:
         factor: `F`, `[r, n]`, any floating dtype and device.
         error: share of the off-diagonal energy `sum_{i != j} c_ij^2` that is sampling error, in `[0, 1]`.
+        tokens: how many inputs it is the mean of.
     """
 
     factor: Tensor
     error: float
+    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)

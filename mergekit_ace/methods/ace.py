@@ -154,8 +154,10 @@ class Ace(LayerwiseMethod):
         return self.options(parameters).gate
 
     def needs_base_norm(self, parameters: Mapping[str, Any]) -> bool:
-        """Where adapters whose second moments do not correlate are added up as far as they are small."""
+        """Where adapters are added up as far as they are small: second moments do not correlate, or were measured."""
         options = self.options(parameters)
+        if parameters["moments"]:
+            return options.bounds.length != "none"
         return options.uncorrelated == "balanced" and options.correlation_threshold > 0
 
     def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:

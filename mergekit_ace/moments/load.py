@@ -104,7 +104,8 @@ class MomentsFolder:
         entry = self.index.experts[expert]
         if tensor.input not in entry.inputs:
             return None
-        return MeasuredMoment(factor=self._read(entry, tensor), error=entry.inputs[tensor.input].error)
+        found = entry.inputs[tensor.input]
+        return MeasuredMoment(factor=self._read(entry, tensor), error=found.error, tokens=found.tokens)
 
     def _read(self, entry: MeasuredExpert, tensor: MeasuredTensor) -> Tensor:
         file = self.folder / entry.file

@@ -52,7 +52,8 @@ def merged_by_hand(scene: Scene, index: MomentsIndex, name: str) -> Tensor:
         if entry is not None:
             source = index.tensors[name].input
             factor = load_file(scene.folder / "moments" / entry.file)[source]
-            moment = MeasuredMoment(factor=factor, error=entry.inputs[source].error)
+            found = entry.inputs[source]
+            moment = MeasuredMoment(factor=factor, error=found.error, tokens=found.tokens)
         experts.append(Expert(name=str(number), tensor=expert.tensors[name], measured=moment))
     return base + merge_by_covariance(TaskVectors(base, experts), ACE).task_vector
 

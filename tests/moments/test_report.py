@@ -38,14 +38,18 @@ def test_loss_and_correlation_are_those_of_their_definition(shape: tuple[int, in
     update, merged = (torch.randn(shape, generator=generator) for _ in range(2))
     factor = torch.randn(7, shape[1], generator=generator) * torch.linspace(3, 0.1, shape[1])
     squared = float((update.T @ update).square().sum())
-    found = against_measured(MeasuredMoment(factor=factor, error=0.1), update, merged - update, squared=squared)
+    found = against_measured(
+        MeasuredMoment(factor=factor, error=0.1, tokens=9), update, merged - update, squared=squared
+    )
     assert (found.loss, found.correlation) == pytest.approx(by_hand(update, factor.T @ factor, merged), rel=1e-5)
 
 
 def test_an_estimate_that_is_right_correlates_by_one() -> None:
     update = torch.randn(12, 9, generator=torch.Generator().manual_seed(0))
     squared = float((update.T @ update).square().sum())
-    found = against_measured(MeasuredMoment(factor=3 * update, error=0.1), update, update * 0, squared=squared)
+    found = against_measured(
+        MeasuredMoment(factor=3 * update, error=0.1, tokens=9), update, update * 0, squared=squared
+    )
     assert (found.loss, found.correlation) == pytest.approx((0, 1), abs=1e-6)
 
 
@@ -53,9 +57,9 @@ def test_what_has_no_direction_or_no_response_has_no_number() -> None:
     """A moment that is a multiple of the identity correlates with nothing; one that the update does not respond to."""
     update = torch.zeros(4, 6)
     update[:, :2] = 1.0
-    identity = MeasuredMoment(factor=torch.eye(6), error=0.1)
+    identity = MeasuredMoment(factor=torch.eye(6), error=0.1, tokens=9)
     assert against_measured(identity, update, update, squared=64.0).correlation is None
-    elsewhere = MeasuredMoment(factor=torch.eye(6)[4:], error=0.1)
+    elsewhere = MeasuredMoment(factor=torch.eye(6)[4:], error=0.1, tokens=9)
     assert against_measured(elsewhere, update, update, squared=64.0).loss is None
 
 

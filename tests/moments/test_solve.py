@@ -36,16 +36,28 @@ def shrunk(moment: Tensor, error: float, estimate: Tensor) -> Tensor:
     return torch.outer(own, own) * correlations * (estimate.trace() / moment.trace())
 
 
+def pooled(moment: Tensor, error: float, tokens: int, estimate: Tensor, rows: int) -> Tensor:
+    """The mean over the measured inputs and the rows of the update."""
+    return (tokens * shrunk(moment, error, estimate) + rows * estimate) / (tokens + rows)
+
+
 def expected(
-    updates: list[Tensor], moments: list[Tensor | None], errors: list[float], weights: list[float], *, normalized: bool
+    updates: list[Tensor],
+    moments: list[Tensor | None],
+    errors: list[float],
+    weights: list[float],
+    *,
+    tokens: int,
+    normalized: bool,
 ) -> Tensor:
+    """Of updates of full rank."""
     system = torch.zeros(updates[0].shape[1], updates[0].shape[1], dtype=torch.float64)
     numerator = torch.zeros(updates[0].shape, dtype=torch.float64)
     for update, moment, error, weight in zip(updates, moments, errors, weights, strict=True):
         rows = update.double()
         proxy = oas(rows) / (rows.square().sum() if normalized else 1)
         if moment is not None:
-            proxy = shrunk(moment.double(), error, proxy)
+            proxy = pooled(moment.double(), error, tokens, proxy, len(rows))
         system += weight * proxy
         numerator += weight * rows @ proxy
     return numerator @ torch.linalg.inv(system)
@@ -67,7 +79,7 @@ def test_the_solve(options: object, normalized: bool, m: int, n: int, tokens: in
             name=f"expert{t}",
             tensor=base + updates[t],
             weight=(1.0, 2.0, 0.5)[t],
-            measured=MeasuredMoment(factor=factors[t], error=errors[t]) if measured[t] else None,
+            measured=MeasuredMoment(factor=factors[t], error=errors[t], tokens=tokens) if measured[t] else None,
         )
         for t in range(3)
     ]
@@ -76,19 +88,25 @@ def test_the_solve(options: object, normalized: bool, m: int, n: int, tokens: in
         factor.double().T @ factor.double() if known else None for factor, known in zip(factors, measured, strict=True)
     ]
     target = expected(
-        [expert.tensor - base for expert in experts], moments, errors, [1.0, 2.0, 0.5], normalized=normalized
+        [expert.tensor - base for expert in experts],
+        moments,
+        errors,
+        [1.0, 2.0, 0.5],
+        tokens=tokens,
+        normalized=normalized,
     )
     assert float((merge.task_vector - target).norm()) < TOLERANCE * float(target.norm())
     assert merge.measured == sum(measured)
 
 
 def test_inputs_that_never_differ_from_zero_leave_the_system_solvable() -> None:
-    """The merge is exact on the inputs that each expert has."""
-    updates = [numbers(6, 8, seed=t) for t in range(2)]
+    """The merge of adapters is exact on the inputs that each expert has."""
+    updates = [numbers(6, 1, seed=t) @ numbers(1, 8, seed=10 + t) for t in range(2)]
     factors = [torch.eye(8)[:4], torch.eye(8)[4:]]
     base = torch.zeros(6, 8)
     experts = [
-        Expert(name=str(t), tensor=updates[t], measured=MeasuredMoment(factor=factors[t], error=0.0)) for t in range(2)
+        Expert(name=str(t), tensor=updates[t], measured=MeasuredMoment(factor=factors[t], error=0.0, tokens=4))
+        for t in range(2)
     ]
     merged = merge_by_covariance(TaskVectors(base, experts), WUDI).task_vector
     torch.testing.assert_close(merged[:, :4], updates[0][:, :4], rtol=0, atol=1e-5)
@@ -98,9 +116,40 @@ def test_inputs_that_never_differ_from_zero_leave_the_system_solvable() -> None:
 def test_moments_that_are_all_zero_leave_the_estimate() -> None:
     base = numbers(6, 8, seed=9)
     plain = [Expert(name=str(t), tensor=base + numbers(6, 8, seed=t)) for t in range(2)]
-    zero = [replace(expert, measured=MeasuredMoment(factor=torch.zeros(3, 8), error=0.5)) for expert in plain]
+    zero = [replace(expert, measured=MeasuredMoment(factor=torch.zeros(3, 8), error=0.5, tokens=3)) for expert in plain]
     merges = [merge_by_covariance(TaskVectors(base, experts), WUDI).task_vector for experts in (plain, zero)]
     torch.testing.assert_close(merges[0], merges[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [2, 40])
+def test_the_number_of_tokens_counts_against_the_rows_of_full_updates_alone(rank: int) -> None:
+    """The rows of an adapter's update are combinations of a few, and no samples of its inputs."""
+    base = numbers(64, 48, seed=9)
+    merges = []
+    for tokens in (10, 1000):
+        experts = []
+        for t in range(2):
+            update = numbers(64, rank, seed=t) @ numbers(rank, 48, seed=10 + t)
+            measured = MeasuredMoment(factor=numbers(60, 48, seed=20 + t), error=0.1, tokens=tokens)
+            experts.append(Expert(name=str(t), tensor=base + update, measured=measured))
+        merges.append(merge_by_covariance(TaskVectors(base, experts), WUDI).task_vector)
+    moved = float((merges[0] - merges[1]).norm() / merges[0].norm())
+    assert (moved < 1e-5) if rank == 2 else (moved > 0.05)
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e-3])
+def test_measured_adapters_are_held_as_far_as_they_are_large_for_their_base(scale: float) -> None:
+    """Small ones to twice all updates end to end, as full fine-tunes; large ones half the way to orthogonal updates."""
+    base = scale * numbers(64, 48, seed=9)
+    updates = [numbers(64, 2, seed=t) @ numbers(2, 48, seed=10 + t) for t in range(3)]
+    measured = [MeasuredMoment(factor=numbers(30, 48, seed=20 + t), error=0.2, tokens=30) for t in range(3)]
+    experts = [Expert(name=str(t), tensor=base + updates[t], measured=measured[t]) for t in range(3)]
+    decision = merge_by_covariance(TaskVectors(base, experts), ACE).decision
+    assert decision is not None
+    end_to_end = 2 * sum(float(update.norm()) for update in updates)
+    energy = sum(float(update.square().sum()) for update in updates) / 3
+    independent = energy / float((sum(updates) / 3).square().sum())  # type: ignore[union-attr]
+    assert decision.longest == pytest.approx(end_to_end if scale > 1 else (independent**0.5 * energy) ** 0.5, rel=1e-3)
 
 
 def test_adapters_stay_adapters() -> None:
@@ -111,7 +160,7 @@ def test_adapters_stay_adapters() -> None:
         Expert(
             name=str(t),
             tensor=base + left[t] @ numbers(2, 48, seed=10 + t) / 10,
-            measured=MeasuredMoment(factor=numbers(30, 48, seed=20 + t), error=0.2),
+            measured=MeasuredMoment(factor=numbers(30, 48, seed=20 + t), error=0.2, tokens=30),
         )
         for t in range(3)
     ]
@@ -125,7 +174,11 @@ def test_adapters_stay_adapters() -> None:
 def test_the_published_preset_takes_no_measured_moments() -> None:
     base = numbers(6, 8, seed=9)
     experts = [
-        Expert(name=str(t), tensor=numbers(6, 8, seed=t), measured=MeasuredMoment(factor=torch.eye(8), error=0.1))
+        Expert(
+            name=str(t),
+            tensor=numbers(6, 8, seed=t),
+            measured=MeasuredMoment(factor=torch.eye(8), error=0.1, tokens=8),
+        )
         for t in range(2)
     ]
     with pytest.raises(ValueError, match="layer: measured second moments cannot be combined with preset: published"):

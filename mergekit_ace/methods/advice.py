@@ -112,7 +112,8 @@ def _change_what(e: Evidence) -> str:
 
 
 def _change_remedy(e: Evidence) -> str:
-    if e.settings.get("length_bound", True) is True:  # no such parameter, or set already
+    # No such parameter, or set already; or no second moment was used, on which it has no effect.
+    if e.settings.get("length_bound", True) is True or e.facts.averaged == 1:
         return "Set lambda nearer to 0."
     return "Set length_bound: true, or lambda nearer to 0."
 

@@ -73,6 +73,19 @@ def test_defaults_merge_full_fine_tunes_in_silence(
     assert logged(caplog, method, updates) == []
 
 
+def test_a_bound_that_has_no_effect_is_no_remedy(caplog: pytest.LogCaptureFixture) -> None:
+    """Of adapters that are merged without second moments: lambda is what there is."""
+    (large,) = [message for message in logged(caplog, "ace", ADAPTERS, change=0.5) if "of its norm" in message]
+    assert "Set lambda nearer to 0." in large
+    assert "length_bound" not in large
+    plain, bounded = (
+        merge_state_dicts(models(ADAPTERS, 0.5, torch.float32), "ace", base="base", parameters=parameters)[NAME]
+        for parameters in ({}, {"length_bound": True})
+    )
+    assert torch.equal(plain, bounded)
+    assert "length_bound: true" in next(m for m in logged(caplog, "ace", FULL, change=0.5) if "of its norm" in m)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_warn_of_adapters_only_where_they_are_averaged(method: str, caplog: pytest.LogCaptureFixture) -> None:
     found = logged(caplog, method, ADAPTERS)

@@ -10,7 +10,18 @@ import mergekit_ace
 ROOT = Path(__file__).parent
 # Whole checkpoints, commands, processes, environments. What is left runs in about a minute.
 SLOW = (
-    *("adapters", "benchmarks", "cli", "demo", "device/test_multi_gpu.py", "end_to_end", "engine", "examples", "fuzz"),
+    *(
+        "adapters",
+        "benchmarks",
+        "checks",
+        "cli",
+        "demo",
+        "device/test_multi_gpu.py",
+        "end_to_end",
+        "engine",
+        "examples",
+        "fuzz",
+    ),
     *("documentation", "moments", "packaging", "python", "recipe", "report", "robustness", "zoo"),
 )
 

@@ -280,7 +280,7 @@ def test_merge_says_that_the_device_is_missing(flags: list[str], llama: Suite, t
     file = write(document(llama), tmp_path / "recipe.yml")
     result = CliRunner().invoke(main, ["merge", str(file), str(tmp_path / "out"), *flags])
     assert result.exit_code == 1
-    assert f"{' '.join(flags)} needs" in result.output
+    assert f"{' '.join(flags)}: torch" in result.output
     assert "Leave the option out" in result.output
     assert not (tmp_path / "out").exists()
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mergekit_ace.linalg import draws
+from mergekit_ace.linalg import draws, precision
 from mergekit_ace.matrix.workload import working_numbers
 from tests.device.pretended import AVAILABLE, PretendedAccelerator
 from tests.family.cases import Case, cases, drawn
@@ -12,7 +12,8 @@ pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch cannot be give
 
 # Each wait empties the queue of a device, whatever the size of the matrix: small matrices are nothing but waits.
 MOST_WAITS = 15
-WITH_LOW_RANK = 19
+# Of each of three experts the rank is probed, found and verified, with a decomposition twice.
+WITH_LOW_RANK = 22
 # Adapters whose second moments do not correlate: a decomposition for each of three experts and for the two polar
 # factors, each of which is waited for twice (the decomposition, the numerical rank), and the norm of the result.
 TASK_SINGULAR_VECTORS = 2 * (3 + 2) + 1
@@ -30,6 +31,8 @@ def merged_on_a_device(
     case: Case, shape: tuple[int, int], dtype: torch.dtype, experts: int = 3, rank: int | None = None
 ) -> PretendedAccelerator:
     draws._drawn.cache_clear()
+    with PretendedAccelerator():  # a device is asked for its precision once, not once a matrix
+        precision._multiplies_in_full(torch.device("gpu:0"))
     base, updated = drawn(experts, *shape, dtype=dtype, rank=rank)
     with PretendedAccelerator() as accelerator:
         on_device = [accelerator.place(tensor, "gpu:0") for tensor in (base, *updated)]

@@ -25,6 +25,10 @@ class EstimatedVectors:
     """`[k]` float64, descending."""
     on_host: tuple[float, ...]
     """The same numbers."""
+    spectrum: Tensor
+    """All singular values, `[p]` float64, descending."""
+    gram: Tensor
+    """`F F^T`, `[p, p]`."""
     error: float
     """Estimated `||.||_F` of the error of `mean(s_1..s_k) U_k V_k^T`; infinite where nothing is known of it."""
 
@@ -46,7 +50,8 @@ def estimated_vectors(matrix: Tensor, k: int) -> EstimatedVectors:
         k: `1 <= k <= p`.
     """
     p = matrix.shape[0]
-    eigenvalues, vectors = torch.linalg.eigh(gram(matrix.mT))
+    of_rows = gram(matrix.mT)
+    eigenvalues, vectors = torch.linalg.eigh(of_rows)
     probes = normal_numbers(p, _PROBES, like=matrix)
     deviation = vectors @ (eigenvalues[:, None] * (vectors.mT @ probes)) - matrix @ (matrix.mT @ probes)
     squares = deviation.double().square().sum() / (_PROBES * p * p)
@@ -59,6 +64,8 @@ def estimated_vectors(matrix: Tensor, k: int) -> EstimatedVectors:
         left=vectors.flip(1)[:, :k],
         singular_values=values,
         on_host=tuple(numbers),
+        spectrum=spectrum.clamp(min=0).sqrt(),
+        gram=of_rows,
         error=error if trusted else math.inf,
     )
 

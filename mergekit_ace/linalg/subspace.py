@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ class SingularTriples:
     """The same numbers. They decide how many there are, so the host has read them."""
     right: Tensor
     """`V_k`, `[n, k]`, orthonormal columns."""
+    spectrum: Tensor
+    """All singular values, `[min(m, n)]` float64, descending."""
+    gram: Tensor | None = None
+    """`F^T F` where `m >= n`, else `F F^T`, where it was formed and the caller keeps it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +64,7 @@ def singular_triples(matrix: Tensor, k: int, *, floor: float = 0.0) -> SingularT
         floor: singular values up to it are rounding, whatever the largest one is.
     """
     triples = _precise_triples(matrix, k, floor)
-    return SingularTriples(
-        left=triples.left.to(matrix.dtype),
-        singular_values=triples.singular_values,
-        on_host=triples.on_host,
-        right=triples.right.to(matrix.dtype),
-    )
+    return replace(triples, left=triples.left.to(matrix.dtype), right=triples.right.to(matrix.dtype), gram=None)
 
 
 def dominant_subspace(matrix: Tensor, k: int, *, floor: float = 0.0, error: float = 0.0) -> DominantSubspace:
@@ -87,7 +86,8 @@ def dominant_subspace(matrix: Tensor, k: int, *, floor: float = 0.0, error: floa
     if error > 0 and k > 0 and matrix.dtype == torch.float32:
         triples, estimate = _single_precision_triples(matrix, k, floor, error)
     if triples is None:
-        triples = singular_triples(matrix, k, floor=floor)
+        triples = _precise_triples(matrix, k, floor)
+        triples = replace(triples, left=triples.left.to(matrix.dtype), right=triples.right.to(matrix.dtype))
     singular_values = torch.zeros(k, dtype=torch.float64, device="cpu")
     singular_values[: len(triples.on_host)] = torch.tensor(triples.on_host, dtype=torch.float64, device="cpu")
     return DominantSubspace(
@@ -96,6 +96,33 @@ def dominant_subspace(matrix: Tensor, k: int, *, floor: float = 0.0, error: floa
         triples=triples,
         estimated_error=estimate,
     )
+
+
+def isometry_error(spectrum: Tensor, k: int, shape: tuple[int, int], error: float) -> Tensor:
+    """`||.||_F` of what an error of a matrix does to its partial isometry `U_k V_k^T`, to first order, float64.
+
+    For an error of independent entries of variance `e^2`, whose entries in the bases of singular vectors then are too:
+
+        e^2 (sum_{i <= k < j} 2 (s_i^2 + s_j^2) / (s_i^2 - s_j^2)^2 + sum_{i, j <= k} 2 / (s_i + s_j)^2
+             + |m - n| sum_{i <= k} 1 / s_i^2)
+
+    where no pair counts for more than an exchange of the two. Source: the derivative of singular vectors, as in
+    Townsend, "Differentiating the singular value decomposition", 2016.
+
+    Args:
+        spectrum: all singular values, `[min(m, n)]`, descending, `s_k > 0`.
+        k: how many directions.
+        shape: `(m, n)`.
+        error: `||.||_F` of the matrix's error.
+    """
+    m, n = shape
+    variance = error**2 / (m * n)
+    top, rest = spectrum[:k, None], spectrum[k:]
+    apart = (top.square() - rest.square()).square()
+    exchanged = (2 * variance * (top.square() + rest.square()) / apart).nan_to_num(nan=2.0, posinf=2.0).clamp(max=2)
+    among = 2 * variance / (top + top.T).square()
+    beside = abs(m - n) * variance / top.square()
+    return (exchanged.sum() + among.clamp(max=2).sum() + beside.clamp(max=2).sum()).sqrt()
 
 
 def polar_factor(matrix: Tensor) -> Tensor:
@@ -115,7 +142,7 @@ def _single_precision_triples(
     matrix: Tensor, k: int, floor: float, error: float
 ) -> tuple[SingularTriples | None, float | None]:
     """The triples in float32 with their estimated error; None, None where that is more than allowed."""
-    flip = matrix.shape[0] > matrix.shape[1]
+    flip = matrix.shape[0] >= matrix.shape[1]
     wide = matrix.mT if flip else matrix
     found = estimated_vectors(wide, k)
     least = max(floor, _RANK_TOLERANCE[matrix.dtype] * found.on_host[0])
@@ -123,34 +150,36 @@ def _single_precision_triples(
         return None, None
     other = (wide.mT @ found.left).div_(found.singular_values.to(matrix.dtype))
     left, right = (other, found.left) if flip else (found.left, other)
-    triples = SingularTriples(left=left, singular_values=found.singular_values, on_host=found.on_host, right=right)
+    triples = SingularTriples(
+        left=left,
+        singular_values=found.singular_values,
+        on_host=found.on_host,
+        right=right,
+        spectrum=found.spectrum,
+        gram=found.gram,
+    )
     return triples, found.error
 
 
 def _precise_triples(matrix: Tensor, k: int, floor: float) -> SingularTriples:
     """The triples in float64 throughout."""
-    if matrix.shape[0] > matrix.shape[1]:
-        flipped = _precise_triples(matrix.mT, k, floor)
-        return SingularTriples(
-            left=flipped.right,
-            singular_values=flipped.singular_values,
-            on_host=flipped.on_host,
-            right=flipped.left,
-        )
-    precise = matrix.double()
+    flip = matrix.shape[0] >= matrix.shape[1]
+    precise = (matrix.mT if flip else matrix).double()
+    of_rows = None
     if matrix.dtype == torch.float64:
         left, singular_values, right = torch.linalg.svd(precise, full_matrices=False)
     else:
-        eigenvalues, vectors = torch.linalg.eigh(gram(precise.mT))
+        of_rows = gram(precise.mT)
+        eigenvalues, vectors = torch.linalg.eigh(of_rows)
         left, singular_values, right = vectors.flip(1), eigenvalues.flip(0).clamp(min=0).sqrt(), None
     numbers = singular_values[: max(1, k)].tolist()
     least = max(floor, _RANK_TOLERANCE[matrix.dtype] * numbers[0]) if numbers else floor
     on_host = tuple(number for number in numbers[:k] if number > least)
     k = len(on_host)
-    left, singular_values = left[:, :k], singular_values[:k]
+    spectrum, left, singular_values = singular_values, left[:, :k], singular_values[:k]
+    right = (precise.mT @ left) / singular_values if right is None else right[:k].mT
+    if flip:
+        left, right = right, left
     return SingularTriples(
-        left=left,
-        singular_values=singular_values,
-        on_host=on_host,
-        right=(precise.mT @ left) / singular_values if right is None else right[:k].mT,
+        left=left, singular_values=singular_values, on_host=on_host, right=right, spectrum=spectrum, gram=of_rows
     )

@@ -15,18 +15,23 @@ percent.
 """
 
 
-def error_budget(task_vectors: TaskVectors, precision: Precision, *, length: float) -> float:
+# Half of the square of the error that is allowed is for the products, half for the refinement.
+PRODUCTS = REFINEMENT = math.sqrt(0.5)
+
+
+def error_budget(task_vectors: TaskVectors, precision: Precision) -> float:
     """Largest `||.||_F` of the error of the merged weights before they are rounded; 0: no more than needed.
 
-    An eighth of `1 / sqrt(1 / r^2 + 1 / ||X||^2)`, with `r` the error of rounding numbers as large as the weights: the
-    base is on the grid already, so that rounding a smaller update than its steps costs no more than that update.
+    An eighth of `1 / sqrt(1 / r^2 + 1 / ||M||^2)`, with `r` the error of rounding numbers as large as the weights, and
+    `M` the mean of the updates, which merges are longer than: the base is on the grid already, so that rounding a
+    smaller update than its steps costs no more than that update.
 
     Args:
         task_vectors: whose base has the dtype that the merged weights are rounded to.
         precision: `full`: 0.
-        length: `||X||_F` of the merged task vector.
     """
     rounding = 0.0 if precision == "full" else task_vectors.output_rounding
+    length = math.sqrt(task_vectors.energy_of_mean)
     if rounding == 0 or length == 0:
         return 0.0
     return SHARE_OF_ROUNDING * rounding * length / math.hypot(rounding, length)

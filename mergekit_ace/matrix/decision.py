@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from mergekit_ace.linalg.low_rank import top_energy
-from mergekit_ace.linalg.precision import squared_norm
+from mergekit_ace.linalg.low_rank import top_energies
+from mergekit_ace.linalg.precision import squared_norms
 from mergekit_ace.matrix.balanced import large_share
 from mergekit_ace.matrix.bounds import effective_experts, longest_allowed
 from mergekit_ace.matrix.options import CovarianceOptions, HeterogeneityStatistic
@@ -140,46 +140,61 @@ def low_rank_share(task_vectors: TaskVectors) -> float:
         task_vectors: of at least one expert.
     """
     m, n = task_vectors.shape
-    directions = min(_MOST_DIRECTIONS, max(1, int(_FEW_DIRECTIONS * min(m, n))))
     rounding = task_vectors.rounding_energies()
     small, large = _SAMPLED
-    row_step, column_step = (-(-side // (small if side == min(m, n) else large)) for side in (m, n))
     if min(m, n) > small and task_vectors.coordinates is None:
+        row_step, column_step = (-(-side // (small if side == min(m, n) else large)) for side in (m, n))
 
-        def of_sample(t: int) -> float:
-            sample = task_vectors.sample(t, row_step=row_step, column_step=column_step)
-            part, energy = sample.numel() / (m * n), squared_norm(sample)
-            if energy < _REPRESENTATIVE * part * task_vectors.energies[t]:
-                return 1.0
-            return _held(sample, energy, part * rounding[t], directions)
+        def of_samples(experts: Sequence[int]) -> list[float]:
+            samples = [task_vectors.sample(t, row_step=row_step, column_step=column_step) for t in experts]
+            part = samples[0].numel() / (m * n)
+            energies = squared_norms(samples).tolist()
+            shares = _held(samples, energies, [part * rounding[t] for t in experts], (m, n))
+            whole = [part * task_vectors.energies[t] for t in experts]
+            looked = zip(shares, energies, whole, strict=True)
+            return [1.0 if energy < _REPRESENTATIVE * expected else share for share, energy, expected in looked]
 
-        if _weighted_mean(task_vectors.shares, of_sample, enough=_MOST - _CLEARLY) is None:
+        if _weighted_mean(task_vectors, of_samples, enough=_MOST - _CLEARLY) is None:
             return 0.0
 
-    def of_all(t: int) -> float:
-        return _held(task_vectors.task_vector(t), task_vectors.energies[t], rounding[t], directions, shape=(m, n))
+    def of_all(experts: Sequence[int]) -> list[float]:
+        updates = (task_vectors.task_vector(t) for t in experts)
+        return _held(updates, [task_vectors.energies[t] for t in experts], [rounding[t] for t in experts], (m, n))
 
-    mean = _weighted_mean(task_vectors.shares, of_all, enough=_MOST)
+    mean = _weighted_mean(task_vectors, of_all, enough=_MOST)
     return 0.0 if mean is None else min(1.0, (mean - _MOST) / (_NEARLY_ALL - _MOST))
 
 
-def _weighted_mean(shares: Sequence[float], value: Callable[[int], float], *, enough: float) -> float | None:
-    """`mean_t(a_t value(t))` of values of at most 1; None as soon as it cannot be above `enough`."""
+def _weighted_mean(
+    task_vectors: TaskVectors, values: Callable[[Sequence[int]], list[float]], *, enough: float
+) -> float | None:
+    """`mean_t(a_t v_t)` of values of at most 1; None as soon as it cannot be above `enough`.
+
+    An accelerator is asked for all values at once, since waiting for it takes longer than a few products.
+    """
+    count = len(task_vectors)
+    at_once = 1 if task_vectors.base.device.type == "cpu" else count
     most = 1.0
-    for t, share in enumerate(shares):
-        most -= share * (1 - value(t)) / len(shares)
+    for start in range(0, count, at_once):
+        experts = range(start, start + at_once)
+        for t, value in zip(experts, values(experts), strict=True):
+            most -= task_vectors.shares[t] * (1 - value) / count
         if most <= enough:
             return None
     return most
 
 
 def _held(
-    update: Tensor, energy: float, rounding: float, directions: int, shape: tuple[int, int] | None = None
-) -> float:
-    """Share of an update's energy, without that of rounding, in its top directions."""
-    genuine = max(energy - rounding, _LEAST_GENUINE * energy)
-    within = noise_share(*(shape or (update.shape[0], update.shape[1])), directions) if rounding else 0.0
-    return min(1.0, max(0.0, top_energy(update, directions) - within * rounding) / genuine)
+    updates: Iterable[Tensor], energies: Sequence[float], rounding: Sequence[float], shape: tuple[int, int]
+) -> list[float]:
+    """Share of each update's energy, without that of rounding, in the top directions of matrices of a shape."""
+    directions = min(_MOST_DIRECTIONS, max(1, int(_FEW_DIRECTIONS * min(shape))))
+    within = noise_share(*shape, directions)
+    shares = []
+    for energy, lost, top in zip(energies, rounding, top_energies(updates, directions), strict=True):
+        genuine = max(energy - lost, _LEAST_GENUINE * energy)
+        shares.append(min(1.0, max(0.0, top - within * lost) / genuine))
+    return shares
 
 
 def noise_share(m: int, n: int, directions: int) -> float:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+import torch
 from torch import Tensor
 
-from mergekit_ace.linalg.precision import squared_norm
+from mergekit_ace.linalg.precision import squared_norms
 from mergekit_ace.matrix.balanced import merge_without_moments
 from mergekit_ace.matrix.bounds import scale_factor
-from mergekit_ace.matrix.budget import error_budget
+from mergekit_ace.matrix.budget import PRODUCTS, REFINEMENT, error_budget
 from mergekit_ace.matrix.decision import Decision, decide
 from mergekit_ace.matrix.dense import assemble_dense
+from mergekit_ace.matrix.matrix_weights import assemble_matrix_weights, suits
 from mergekit_ace.matrix.measured import assemble_measured
 from mergekit_ace.matrix.normal_equations import NormalEquations, retention
 from mergekit_ace.matrix.options import CovarianceOptions
@@ -43,6 +45,8 @@ class MergeFacts:
     """What the bounds of retention and length multiplied the whole by, in `(0, 1]`."""
     correlation: float | None = None
     """Of the experts' second moments; None where no threshold asks for it."""
+    products: str | None = None
+    """Dtype of the factors of products that have fewer digits than the working dtype; None: none has."""
     eigendecomposition: str | None = None
     """Dtype of the refinement's, float32 or float64; None where there was none."""
     measured: int = 0
@@ -94,6 +98,8 @@ class MatrixMerge(MergeFacts):
         if self.refinement is not None:
             refined = f"{self.refinement.directions} directions refined by {self.refinement.level:.3g}"
             facts.append(f"{refined} in {self.eigendecomposition}")
+        if self.products is not None:
+            facts.append(f"products in {self.products}")
         if self.decision.effective_experts is not None:
             facts.append(f"{self.decision.effective_experts:.2g} independent experts")
         if self.decision.low_rank:
@@ -158,19 +164,29 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         budget = 0.0
         # Updates of low rank have directions that are rounding, on which float32 is lost.
         if options.precision != "full" and not decision.low_rank:
-            budget = error_budget(task_vectors, options.precision, length=float(merged.norm()))
+            budget = error_budget(task_vectors, options.precision)
         refinement = spectral_refinement(
             solution.residual.add_(merged) if solution.residual is not None else merged,
             decision.refined_directions,
             scale=decision.refinement_scale,
             column_basis=solution.column_basis,
-            error=budget,
+            error=REFINEMENT * budget,
         )
+        if solution.error > 0:
+            follows = solution.error + refinement.follows(solution.error, task_vectors.buffer_shape)
+            if follows > PRODUCTS * budget:
+                # Steep spectra: the products are exact enough, and what refinement makes of their rounding is not.
+                del solution, merged
+                return merge_by_covariance(task_vectors, replace(options, precision="full"))
         merged.add_(refinement.update)
-    kept = None
+    kept, numbers = None, squared_norms([merged])
     if solution.response is not None:
-        kept = retention(solution.response(merged, refinement), moments, task_vectors.shares)
-    factor = scale_factor(squared_norm(merged) ** 0.5, retention=kept, longest=decision.longest)
+        numbers = torch.cat([numbers, solution.response(merged, refinement)[None]])
+    squared_length, *responses = numbers.tolist()
+    if responses:
+        kept = retention(responses[0], moments, task_vectors.shares)
+    refinement = refinement and replace(refinement, triples=None)
+    factor = scale_factor(squared_length**0.5, retention=kept, longest=decision.longest)
     if factor < 1:
         merged.mul_(factor)
         refinement = refinement and refinement.times_(factor)
@@ -186,6 +202,7 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         condition=solution.condition,
         refinement=refinement,
         refinement_norm=refinement.norm if refinement else None,
+        products=solution.products,
         eigendecomposition=refinement.precision if refinement else None,
         retention=kept,
         scale_factor=factor,
@@ -206,6 +223,8 @@ def assemble(task_vectors: TaskVectors, options: CovarianceOptions, decision: De
     if task_vectors.measured:
         return assemble_measured(task_vectors, options, decision)
     factors = row_factors(task_vectors, center=options.second_moment.centered, low_rank=decision.low_rank)
+    if factors is None and suits(task_vectors, options, decision):
+        return assemble_matrix_weights(task_vectors, options, decision)
     if factors is None:
         return assemble_dense(task_vectors, options, decision)
     return assemble_stacked_rows(task_vectors, factors, options, decision)

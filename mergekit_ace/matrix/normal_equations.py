@@ -3,8 +3,9 @@
     X (sum_t a_t Sbar_t + P) = sum_t a_t N_t Sbar_t,    Sbar_t = scale_t G_t + ridge_t I
 
 `G_t` is the Gram matrix of the (centered) task vector, `N_t` the (centered) task vector, `a_t` the expert's share and
-`P` the collective structural prior (ACE, arXiv:2603.02945, Eqs. 11-14). Two routes, equal in exact arithmetic: `dense`
-forms the `[n, n]` system, `stacked_rows` the `[q, q]` one of the `q < n` rows that all task vectors have together.
+`P` the collective structural prior (ACE, arXiv:2603.02945, Eqs. 11-14). Three routes, equal in exact arithmetic:
+`dense` forms the `[n, n]` system and the numerator, `matrix_weights` the system and its parts, `stacked_rows` the
+`[q, q]` one of the `q < n` rows that all task vectors have together.
 Each is assembled first; whether it is worth solving is known before it is factorized.
 """
 
@@ -16,7 +17,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mergekit_ace.linalg.precision import inner_product
+from mergekit_ace.linalg.precision import inner_products
 from mergekit_ace.matrix.bounds import mean_energy
 from mergekit_ace.matrix.refinement import Refinement
 from mergekit_ace.matrix.second_moment import RegularizedMoment
@@ -51,6 +52,10 @@ class Solution:
     """Estimated condition number of `sum_t a_t Sbar_t`; None unless `diagnostics` are wanted."""
     column_basis: Tensor | None = None
     """`[m, p]`, orthonormal columns that span the columns of `weight` and `residual`; None where nothing is known."""
+    products: str | None = None
+    """Dtype of the factors of products that have fewer digits than the working dtype; None: none has."""
+    error: float = 0.0
+    """Estimated `||.||_F` of the error that those add to `weight`."""
     response: Response | None = None
     """Where a bound of the retention asks for it."""
 
@@ -58,8 +63,8 @@ class Solution:
 class Response(Protocol):
     """`<X, N>` of a merged task vector and the numerator `N = sum_t a_t N_t Sbar_t`."""
 
-    def __call__(self, merged: Tensor, refinement: Refinement | None) -> float:
-        """`<X, N>`.
+    def __call__(self, merged: Tensor, refinement: Refinement | None) -> Tensor:
+        """`<X, N>`, float64, on the device of `X`: the host waits for it together with other numbers.
 
         Args:
             merged: `X`, the preliminary merge and its refinement.
@@ -70,8 +75,8 @@ class Response(Protocol):
 def response_to(numerator: Tensor) -> Response:
     """By the numerator itself, `[m, n]`."""
 
-    def response(merged: Tensor, refinement: Refinement | None) -> float:
-        return inner_product(merged, numerator)
+    def response(merged: Tensor, refinement: Refinement | None) -> Tensor:
+        return inner_products([(merged, numerator)])[0]
 
     return response
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from mergekit_ace.linalg.subspace import dominant_subspace
+from mergekit_ace.linalg.subspace import SingularTriples, dominant_subspace, isometry_error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,17 +20,21 @@ class Refinement:
     """`||.||_F` of the update."""
     update: Tensor
     """`[m, n]`."""
-    left: Tensor
-    """`U_k`, `[m, k]`; fewer columns where the rank is lower."""
-    singular_values: Tensor
-    """Of `F`, float64, of the columns of `left`."""
     estimated_error: float | None
     """Estimated `||.||_F` of the update's error, where the eigendecomposition was one in float32; None: in float64."""
+    triples: SingularTriples | None
+    """Of `F`, or of `Q^T F` where a column basis was given; None once nothing needs them."""
 
     @property
     def precision(self) -> str:
         """Of the eigendecomposition: float32 or float64."""
         return "float64" if self.estimated_error is None else "float32"
+
+    def follows(self, error: float, shape: tuple[int, int]) -> float:
+        """`||.||_F` of the update's error that follows from one of `F`, `[m, n]`; infinite where it is not known."""
+        if self.triples is None or len(self.triples.on_host) < self.directions:
+            return math.inf
+        return self.level * float(isometry_error(self.triples.spectrum, self.directions, shape, error))
 
     def times_(self, factor: float) -> Refinement:
         """The refinement scaled by `factor`; its update is scaled in place."""
@@ -55,9 +60,7 @@ def spectral_refinement(
         structure = column_basis.mT @ structure
     top = dominant_subspace(structure, min(k, min(structure.shape)), error=error / scale if scale > 0 else 0.0)
     level = scale * float(top.singular_values.sum()) / k
-    update, left = top.partial_isometry, top.triples.left
-    if column_basis is not None:
-        update, left = column_basis @ update, column_basis @ left
+    update = top.partial_isometry if column_basis is None else column_basis @ top.partial_isometry
     # A partial isometry has as many unit singular values as it has directions.
     norm = level * float((top.singular_values > 0).sum()) ** 0.5
     return Refinement(
@@ -65,7 +68,6 @@ def spectral_refinement(
         level=level,
         norm=norm,
         update=update.mul_(level),
-        left=left,
-        singular_values=top.triples.singular_values,
         estimated_error=None if top.estimated_error is None else scale * top.estimated_error,
+        triples=top.triples,
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mergekit_ace.linalg.cholesky import cholesky_factor, solve_right
 from mergekit_ace.linalg.conditioning import largest_eigenvalue
-from mergekit_ace.linalg.precision import inner_product, squared_norm, squared_norms
+from mergekit_ace.linalg.precision import inner_products, squared_norm, squared_norms
 from mergekit_ace.linalg.symmetric import add_to_diagonal_, gram
 from mergekit_ace.matrix.decision import Decision
 from mergekit_ace.matrix.diagnostics import diagnostics_wanted
@@ -71,16 +71,18 @@ class _StackedRows:
         """
         if not self.by_coefficients:
             return response_to(self.numerator @ self.rows)
-        numerator, ridge = self.numerator, self.ridge
+        numerator, ridge, column_basis = self.numerator, self.ridge, self.column_basis
 
-        def response(merged: Tensor, refinement: Refinement | None) -> float:
-            found = squared_norm(numerator) - ridge * inner_product(coefficients, numerator)
-            if refinement is None or refinement.left.shape[1] == 0:
+        def response(merged: Tensor, refinement: Refinement | None) -> Tensor:
+            own, with_coefficients = inner_products([(numerator, numerator), (coefficients, numerator)])
+            found: Tensor = own - ridge * with_coefficients
+            if refinement is None or refinement.triples is None:
                 return found
-            ours = refinement.left.mT @ numerator
-            through = ours - ridge * (refinement.left.mT @ coefficients)
-            each = (ours.double() * through.double()).sum(dim=1) / refinement.singular_values
-            return found + refinement.level * float(each.sum())
+            left = refinement.triples.left if column_basis is None else column_basis @ refinement.triples.left
+            ours = left.mT @ numerator
+            through = ours - ridge * (left.mT @ coefficients)
+            each = (ours.double() * through.double()).sum(dim=1) / refinement.triples.singular_values
+            return found + refinement.level * each.sum()
 
         return response
 

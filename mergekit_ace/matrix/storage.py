@@ -127,12 +127,11 @@ def expected_rounding_energies(
     return [share * energy for share, energy in zip(found, energies, strict=True)]
 
 
-def rounding_norm(values: Tensor, storage: torch.dtype) -> float:
-    """Expected `||storage(X) - X||_F` of numbers of the size of `values`; from a sample."""
+def rounding_energy(values: Tensor, storage: torch.dtype) -> Tensor:
+    """Expected `||storage(X) - X||_F^2` of numbers of the size of `values`, float64; from a sample."""
     stride = max(1, values.numel() // _SAMPLE)
     sample = values.flatten()[::stride]
-    energy = float(_rounded_energy(sample, storage))
-    return math.sqrt(energy * values.numel() / max(1, sample.numel()))
+    return _rounded_energy(sample, storage) * (values.numel() / max(1, sample.numel()))
 
 
 def _rounded_energy(values: Tensor, storage: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from mergekit_ace.matrix.storage import (
     Formats,
     expected_rounding_energies,
     first_look,
-    rounding_norm,
+    rounding_energy,
     storage_floors,
     storage_formats,
 )
@@ -81,6 +81,7 @@ class TaskVectors:
         found = _measure(base, candidates, heaviest, self.dtype, name, coordinates)
         self.base_norm: float | None = math.sqrt(found.base_energy) if coordinates is None else None
         """`||W_0||_F`; None where it is not known. Cores are of a base of zeros, and do not tell."""
+        self._rounding_of_base = math.sqrt(found.rounding_energy)
         formats, reasons = _without_information(base, candidates, found, self.dtype)
         self.left_out: Mapping[str, str] = {expert.name: "weight 0" for expert in experts if expert.weight == 0} | {
             expert.name: reason for expert, reason in zip(candidates, reasons, strict=True) if reason is not None
@@ -136,7 +137,7 @@ class TaskVectors:
         """
         if self.base.dtype not in COARSE_FORMATS or self.coordinates is not None:
             return 0.0
-        return rounding_norm(self.base, self.base.dtype)
+        return self._rounding_of_base
 
     def rounding_energies(self) -> list[float]:
         """Energy that rounding to the stored format is expected to have added to each `D_t`."""
@@ -249,6 +250,8 @@ class _OnePass:
     summed_energy: float
     """`||sum_t w_t D_t / heaviest||_F^2`."""
     base_energy: float
+    rounding_energy: float
+    """Expected of the base's own format; 0 of one of more than 16 bits."""
     first_look: list[list[float]]
     """Whether the first values of the base and of each expert are exact in the coarse formats."""
 
@@ -309,7 +312,8 @@ def _measure(
         squares[count + 1] += squared_norms([ours])[0]
     looks = first_look([base, *(expert.tensor for expert in experts)])
     of_means = row_sums.square().sum(dim=1) / max(1, m)
-    numbers = torch.cat([squares, of_means, looks.flatten().double()]).tolist()
+    rounding = rounding_energy(base, base.dtype) if base.dtype in COARSE_FORMATS else squares.new_zeros(())
+    *numbers, lost = torch.cat([squares, of_means, looks.flatten().double(), rounding[None]]).tolist()
     energies, (summed_energy, base_energy) = numbers[:count], numbers[count : count + 2]
     statistics = []
     for expert, energy, of_mean in zip(experts, energies, numbers[count + 2 : 2 * count + 2], strict=True):
@@ -323,5 +327,6 @@ def _measure(
         statistics=statistics,
         summed_energy=summed_energy,
         base_energy=base_energy,
+        rounding_energy=lost,
         first_look=[flags[start : start + formats] for start in range(0, len(flags), formats)],
     )

@@ -13,6 +13,24 @@ def by_stacked_rows(m: int, n: int, experts: int) -> bool:
     return experts * m < n
 
 
+def by_matrix_weights(m: int, n: int, experts: int, *, halved: bool = False) -> bool:
+    """Whether the system is solved for the weights of `T` experts, and not for the numerator.
+
+    Multiply-adds beyond the second moments: `(T - 1) (n^3 + m n^2)` against `(T + 1) m n^2`, with the products at half
+    their cost in bfloat16. `T` second moments are kept, which fits into what the refinement takes later.
+
+    Args:
+        m: rows.
+        n: columns.
+        experts: `T`.
+        halved: the products have factors in bfloat16.
+    """
+    if m < n or experts > 7 + 3 * m // n:
+        return False
+    product = m / 2 if halved else m
+    return (experts - 1) * (n + product) <= (experts + 1) * m
+
+
 def working_numbers(m: int, n: int, experts: int) -> int:
     """The most working-dtype numbers that `merge_by_covariance` holds at once beyond its inputs, for full fine-tunes.
 
@@ -39,6 +57,8 @@ def multiply_adds(m: int, n: int, experts: int) -> float:
     if by_stacked_rows(m, n, experts):
         q = experts * m
         return q * q * n / 2 + experts * m**3 + q**3 / 6 + m * q * q + 2 * m * q * n + refinement
+    if by_matrix_weights(m, n, experts):
+        return experts * n * n * m / 2 + n**3 / 6 + (experts - 1) * (n**3 + n * n * m) + refinement
     each = small * small * large / 2 + m * n * small + (n * n * m / 2 if m < n else 0)
     return experts * each + n**3 / 6 + m * n * n + refinement
 

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_ace.linalg.subspace import dominant_subspace, polar_factor, rounding_floor, singular_triples
+from mergekit_ace.linalg.subspace import (
+    dominant_subspace,
+    isometry_error,
+    polar_factor,
+    rounding_floor,
+    singular_triples,
+)
 from tests.linalg.matrices import of_spectrum
 
 SHAPES = pytest.mark.parametrize("shape", [(12, 30), (30, 12), (20, 20), (1, 9), (9, 1)], ids=str)
@@ -86,6 +92,23 @@ def test_the_floor_of_a_difference_is_above_its_rounding(dtype: torch.dtype) -> 
     floor = rounding_floor(float(matrix.norm()), dtype)
     assert 0 < float(residual.norm()) < floor < 1e-3
     assert len(singular_triples(residual, 30, floor=floor).singular_values) == 0
+
+
+@pytest.mark.parametrize("shape", [(120, 120), (90, 240), (240, 90)], ids=str)
+@pytest.mark.parametrize("error", [1e-5, 1e-3])
+def test_what_an_error_of_the_matrix_does_to_its_isometry(shape: tuple[int, int], error: float) -> None:
+    k = min(shape) // 3
+    matrix = of_spectrum(*shape, 1.5 ** (-torch.arange(min(shape), dtype=torch.float64) / 8))
+    generator = torch.Generator().manual_seed(0)
+    exact = dominant_subspace(matrix, k)
+    squares = []
+    for _ in range(20):
+        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        noise *= error / noise.norm()
+        moved = dominant_subspace(matrix + noise, k).partial_isometry - exact.partial_isometry
+        squares.append(float(moved.square().sum()))
+    estimated = float(isometry_error(exact.triples.spectrum, k, shape, error))
+    assert estimated == pytest.approx((sum(squares) / 20) ** 0.5, rel=0.2)
 
 
 @DTYPES

@@ -1,0 +1,38 @@
+"""Products with factors in bfloat16: their error, and when they are chosen."""
+
+import pytest
+import torch
+
+from mergekit_ace.linalg import bfloat16
+
+CPU = torch.device("cpu")
+
+
+def test_the_error_is_as_documented() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(300, 300, generator=generator, dtype=torch.float64) for _ in range(2))
+    exact = left @ right
+    error = float((bfloat16.product(left.float(), right.float()).double() - exact).square().sum())
+    factors = 2 * float(left.square().sum() * right.square().sum()) / 300
+    assert error == pytest.approx(bfloat16.ROUNDING**2 * (factors + float(exact.square().sum())), rel=0.1)
+
+
+def test_they_are_chosen_by_what_the_processor_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    for known, expected in (({}, False), ({"avx512_f": True}, False), ({"avx512_bf16": True}, True)):
+        bfloat16._multiplies.cache_clear()
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
+        assert bfloat16.is_faster(CPU, 512, 256) is expected
+        assert not bfloat16.is_faster(CPU, 512, 255)
+        assert not bfloat16.is_faster(torch.device("cuda"), 512, 512)
+    bfloat16._multiplies.cache_clear()
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not bfloat16.is_faster(CPU, 512, 512)
+    bfloat16._multiplies.cache_clear()
+
+
+def test_sums_that_are_rounded_on_the_way_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    bfloat16._multiplies.cache_clear()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setattr(bfloat16, "product", lambda left, right: torch.ones(left.shape[0], right.shape[1]))
+    assert not bfloat16.is_faster(CPU, 512, 512)
+    bfloat16._multiplies.cache_clear()

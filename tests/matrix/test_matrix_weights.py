@@ -1,0 +1,135 @@
+"""The merge as a mean of matrix weights: the same solution as by the numerator, with less error, and in bfloat16."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mergekit_ace.linalg import bfloat16
+from mergekit_ace.matrix import matrix_weights, merge
+from mergekit_ace.matrix.budget import SHARE_OF_ROUNDING
+from mergekit_ace.matrix.expert import Expert
+from mergekit_ace.matrix.merge import MatrixMerge, merge_by_covariance
+from mergekit_ace.matrix.options import Bounds, CovarianceOptions, SecondMoment
+from mergekit_ace.matrix.presets import ACE, ACE_PUBLISHED, ACTMAT, WUDI, with_epsilon
+from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.matrix.workload import by_matrix_weights
+from tests.matrix.experts import layer, related_updates, steep_updates
+from tests.matrix.test_budget import SPECTRA, error_and_rounding, task_vectors
+
+LAYERS: dict[str, Callable[[], list[Tensor]]] = {
+    "square": lambda: steep_updates(60, 60, 3, spread=2.0),
+    "tall": lambda: related_updates(120, 40, 5, spread=1.5),
+    "a copy": lambda: [*steep_updates(60, 50, 2), steep_updates(60, 50, 1)[0]],
+}
+# Spectra as steep as those of adapters, and no merge without second moments for it.
+WITH_MOMENTS = replace(ACE, correlation_threshold=0.0, bounds=Bounds(retention=True))
+OPTIONS = [
+    ACE,
+    WITH_MOMENTS,
+    replace(WITH_MOMENTS, refinement=None),
+    with_epsilon(WITH_MOMENTS, 1e-3),
+    ACTMAT,
+    WUDI,
+    CovarianceOptions(second_moment=SecondMoment(), bounds=Bounds(retention=True)),
+]
+
+
+def both(task_vectors: TaskVectors, options: CovarianceOptions, monkeypatch: pytest.MonkeyPatch) -> list[MatrixMerge]:
+    """By matrix weights, and by the numerator."""
+    by_weights = merge_by_covariance(task_vectors, options)
+    with monkeypatch.context() as patched:
+        patched.setattr(merge, "suits", lambda *_: False)
+        return [by_weights, merge_by_covariance(task_vectors, options)]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=range(len(OPTIONS)))
+@pytest.mark.parametrize("kind", LAYERS)
+def test_both_ways_give_one_merge(kind: str, options: CovarianceOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = layer(LAYERS[kind]())
+    assert by_matrix_weights(*vectors.shape, len(vectors))
+    ours, dense = both(vectors, options, monkeypatch)
+    torch.testing.assert_close(ours.task_vector, dense.task_vector, rtol=0, atol=1e-9 * float(dense.task_vector.norm()))
+    assert ours.correlation == pytest.approx(dense.correlation)
+    assert ours.moments or options is ACE
+    if options.bounds.retention and ours.moments:
+        assert ours.retention == pytest.approx(dense.retention, rel=1e-8)
+    assert ours.scale_factor == pytest.approx(dense.scale_factor, rel=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["square", "tall"])
+def test_float32_loses_less_than_by_the_numerator(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = layer(LAYERS[kind](), dtype=torch.float32)
+    exact = layer([expert.tensor.double() - vectors.base.double() for expert in vectors.experts], base_scale=0.0)
+    options = replace(ACE, refinement=None, bounds=Bounds(), correlation_threshold=0.0)
+    solution = merge_by_covariance(exact, options).task_vector
+    ours, dense = (float((m.task_vector - solution).norm()) for m in both(vectors, options, monkeypatch))
+    assert ours < dense
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_order_of_experts_does_not_matter(kind: str) -> None:
+    updates = LAYERS[kind]()
+    merged = merge_by_covariance(layer(updates), ACE).task_vector
+    turned = merge_by_covariance(layer(updates[::-1]), ACE).task_vector
+    torch.testing.assert_close(turned, merged, rtol=0, atol=1e-9 * float(merged.abs().max()))
+
+
+def test_it_is_for_few_experts_of_tall_matrices() -> None:
+    assert [by_matrix_weights(64, 64, experts) for experts in (2, 3, 4)] == [True, True, False]
+    assert [by_matrix_weights(256, 64, experts) for experts in (9, 10)] == [True, False]
+    assert by_matrix_weights(64, 64, 4, halved=True)
+    assert not by_matrix_weights(64, 65, 2)
+    vectors = layer(steep_updates(60, 60, 3))
+    for options in (ACE_PUBLISHED, replace(ACE, structural_prior=True)):
+        assert not matrix_weights.suits(vectors, options, merge.decide(vectors, options))
+
+
+def in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor that multiplies bfloat16 faster: its products are the same on others."""
+    monkeypatch.setattr(bfloat16, "is_faster", lambda *_: True)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize(("shape", "count"), [((160, 160), 3), ((320, 128), 3), ((640, 128), 4)], ids=str)
+@pytest.mark.parametrize("size", [0.0003, 0.001, 0.002])
+def test_products_in_bfloat16_keep_to_an_eighth_of_the_rounding(
+    spectrum: str, shape: tuple[int, int], count: int, size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_bfloat16(monkeypatch)
+    vectors = task_vectors(shape, size, spectrum, torch.bfloat16, count=count)
+    merged = merge_by_covariance(vectors, WITH_MOMENTS)
+    assert merged.products == "bfloat16"
+    assert "products in bfloat16" in merged.describe()
+    error, rounding = error_and_rounding(vectors, merged.task_vector, WITH_MOMENTS)
+    assert 1e-3 * rounding < error <= SHARE_OF_ROUNDING * rounding
+
+
+def test_updates_that_are_large_beside_the_rounding_are_multiplied_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_bfloat16(monkeypatch)
+    for dtype, size in ((torch.bfloat16, 0.1), (torch.float16, 0.01), (torch.float32, 0.001)):
+        vectors = task_vectors((160, 160), size, "of a fine-tune", dtype)
+        assert merge_by_covariance(vectors, ACE).products is None
+    vectors = task_vectors((160, 160), 0.001, "of a fine-tune", torch.bfloat16)
+    assert merge_by_covariance(vectors, replace(ACE, precision="full")).products is None
+
+
+def test_what_refinement_makes_of_the_rounding_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_bfloat16(monkeypatch)
+    monkeypatch.setattr(matrix_weights, "_FOLLOWING", 1.0)
+    vectors = task_vectors((160, 160), 0.01, "steep", torch.bfloat16)
+    assert merge_by_covariance(vectors, replace(WITH_MOMENTS, refinement=None)).products == "bfloat16"
+    merged = merge_by_covariance(vectors, WITH_MOMENTS)
+    assert merged.products is None
+    error, rounding = error_and_rounding(vectors, merged.task_vector, WITH_MOMENTS)
+    assert error <= SHARE_OF_ROUNDING * rounding
+
+
+def test_equal_experts_are_exact_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_bfloat16(monkeypatch)
+    vectors = task_vectors((160, 160), 0.001, "of a fine-tune", torch.bfloat16, count=1)
+    thrice = TaskVectors(vectors.base, [Expert(name=str(t), tensor=vectors.experts[0].tensor) for t in range(3)])
+    merged = merge_by_covariance(thrice, replace(WITH_MOMENTS, combine_copies=False, bounds=Bounds()))
+    torch.testing.assert_close(merged.task_vector, vectors.task_vector(0), rtol=0, atol=0)

@@ -15,6 +15,7 @@ from mergekit.scripts import merge_raw_pytorch, run_yaml
 import mergekit_ace
 from mergekit_ace.cli.moments import moments as moments_command
 
+from .contending import register_contenders
 from .settings import Setting
 
 RANDOM_SEED = "0"
@@ -37,8 +38,9 @@ def recipe(setting: Setting, base: Path, experts: list[Path], moments: Path | No
 
 
 def registered(method: str) -> bool:
-    """Whether mergekit, with this project's plugin, knows the method."""
+    """Whether mergekit, with this project's plugin and the contenders, knows the method."""
     mergekit_ace.register()
+    register_contenders()
     return method in {known.spec.name for known in registered_methods()}
 
 

@@ -42,6 +42,10 @@ def with_prompts(label: str, count: int, *, of_another_task: bool = False) -> Se
     return Setting(label=label, group="with prompts", method="ace", prompts=count, of_another_task=of_another_task)
 
 
+def contender(label: str, method: str, **parameters: Value) -> Setting:
+    return Setting(label=label, group="contenders", method=method, parameters=parameters)
+
+
 EPSILON_GRID = (1e-6, 1e-5, 1e-4, 2e-4, 1e-3, 1e-2, 1e-1)
 
 SETTINGS: tuple[Setting, ...] = (
@@ -83,6 +87,19 @@ SETTINGS: tuple[Setting, ...] = (
     with_prompts("ace, 8 prompts (not data-free)", 8),
     with_prompts("ace, 32 prompts (not data-free)", 32),
     with_prompts("ace, 8 prompts of another task (not data-free)", 8, of_another_task=True),
+
+
+    Setting(label="wudi flow", group="family", method="wudi", parameters={"solver": "flow"}),
+    Setting(
+        label="wudi flow average", group="family", method="wudi", parameters={"solver": "flow", "start": "average"}
+    ),
+    contender("svc", "svc"),
+    contender("consensus_ta 0.3", "consensus_ta", **{"lambda": 0.3}),
+    contender("consensus_ta 1", "consensus_ta"),
+    contender("norm weights -1", "norm_weights", exponent=-1.0),
+    contender("norm weights 2", "norm_weights", exponent=2.0),
+    contender("knots_ties 0.2", "knots_ties"),
+    contender("star", "star"),
 )
 
 

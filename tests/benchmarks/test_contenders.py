@@ -1,0 +1,68 @@
+"""The contenders' formulas on matrices small enough to work out by hand, and as methods of mergekit."""
+
+import pytest
+import torch
+from mergekit.merge_methods.api import merge_tensors
+
+from benchmarks.experiment.contenders import (
+    calibrated_sum,
+    consensus_sum,
+    knots_ties,
+    norm_weighted_mean,
+    spectral_truncated_mean,
+)
+from benchmarks.experiment.contending import CONTENDERS, register_contenders
+from tests.linalg.matrices import of_rank
+
+FIRST = torch.diag(torch.tensor([1.0, 0.0]))
+SECOND = torch.diag(torch.tensor([0.0, 2.0]))
+
+
+def test_calibration_by_hand() -> None:
+    # Each direction is one expert's alone, and the other's counts as a tenth: g = 2 / 1.1.
+    merged = calibrated_sum([FIRST, SECOND])
+    torch.testing.assert_close(merged, (FIRST + SECOND) * (2 / 1.1))
+    # Along the one direction X is 4, which is 4 and 4/3 times the experts': g = 2 / (4 + 4/3).
+    torch.testing.assert_close(calibrated_sum([FIRST, 3 * FIRST]), 4 * FIRST * 2 / (4 + 4 / 3))
+
+
+def test_calibration_of_one_expert_said_twice_is_that_expert() -> None:
+    update = of_rank(12, 9, 5, seed=3)
+    torch.testing.assert_close(calibrated_sum([update, update, update]), update)
+
+
+def test_consensus_by_hand() -> None:
+    updates = [torch.tensor([[2.0, 3.0, -1.0]]), torch.tensor([[2.0, 0.5, 3.0]])]
+    # 3 > 0.4 * 0.5 alone, |-1| < 0.4 * 3: one claim each in the last two.
+    torch.testing.assert_close(consensus_sum(updates), torch.tensor([[4.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize(("exponent", "first"), [(-1.0, 2 / 3), (0.0, 1 / 2), (2.0, 1 / 5)])
+def test_norm_weights_by_hand(exponent: float, first: float) -> None:
+    expected = torch.diag(torch.tensor([first, 2 * (1 - first)]))
+    torch.testing.assert_close(norm_weighted_mean([FIRST, SECOND], exponent=exponent), expected)
+
+
+def test_knots_by_hand() -> None:
+    updates = [torch.tensor([[2.0, 1.0]]), torch.tensor([[-1.0, -3.0]])]
+    torch.testing.assert_close(knots_ties(updates, density=0.5), torch.tensor([[2.0, -3.0]]))
+    # Untrimmed: the sums are 1 and -2, and those of their sign are 2 and -3.
+    torch.testing.assert_close(knots_ties(updates, density=1.0), torch.tensor([[2.0, -3.0]]))
+    update = of_rank(12, 9, 5, seed=3)
+    torch.testing.assert_close(knots_ties([update, update], density=1.0), update)
+
+
+def test_star_by_hand() -> None:
+    # 3 of 4 is more than 40 percent, and is scaled to the whole of 4; the other has one direction.
+    merged = spectral_truncated_mean([torch.diag(torch.tensor([3.0, 1.0])), SECOND])
+    torch.testing.assert_close(merged, torch.diag(torch.tensor([2.0, 1.0])))
+
+
+@pytest.mark.parametrize("method", CONTENDERS, ids=lambda method: method.name)
+def test_a_contender_merges_through_mergekit(method) -> None:  # type: ignore[no-untyped-def]
+    register_contenders()
+    register_contenders()
+    base, first, second = (of_rank(12, 9, 9, seed=seed) for seed in range(3))
+    merged = merge_tensors([base, base + first, base + second], method.name, base_index=0, name="layers.0.weight")
+    parameters = {"exponent": -1.0}
+    torch.testing.assert_close(merged, base + method.formula([first, second], parameters))

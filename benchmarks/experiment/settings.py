@@ -87,8 +87,6 @@ SETTINGS: tuple[Setting, ...] = (
     with_prompts("ace, 8 prompts (not data-free)", 8),
     with_prompts("ace, 32 prompts (not data-free)", 32),
     with_prompts("ace, 8 prompts of another task (not data-free)", 8, of_another_task=True),
-
-
     Setting(label="wudi flow", group="family", method="wudi", parameters={"solver": "flow"}),
     Setting(
         label="wudi flow average", group="family", method="wudi", parameters={"solver": "flow", "start": "average"}

@@ -70,16 +70,16 @@ class Chat:
     @torch.no_grad()
     def accuracies(self, tasks: Sequence[str], root: Path, folder: Path) -> dict[str, float]:
         """`1 - loss / loss of the base`."""
-        base, model = load(root / "base"), load(folder)
-        return {task: 1 - mean_loss(model, task) / mean_loss(base, task) for task in tasks}
+        model = load(folder)
+        return {task: 1 - mean_loss(model, task) / loss_of_base(root, task) for task in tasks}
 
     @torch.no_grad()
     def test_rows(self, suite: Suite, root: Path) -> dict[str, int]:
         """Tokens of one answer depend on one another: as many rows as the spread over answers is worth."""
-        base, worth = load(root / "base"), {}
+        worth = {}
         for task in suite.tasks:
             sums, counts = torch.tensor(list(losses_by_row(load(root / task), task))).double().unbind(1)
-            loss, of_base = sums.sum() / counts.sum(), mean_loss(base, task)
+            loss, of_base = sums.sum() / counts.sum(), loss_of_base(root, task)
             variance = (sums - loss * counts).square().sum() / counts.sum() ** 2 / of_base**2
             gone = 1 - loss / of_base
             worth[task] = max(1, round((gone * (1 - gone) / variance).item()))
@@ -172,6 +172,12 @@ def losses_by_row(model: PreTrainedModel, task: str) -> Iterator[tuple[float, in
         for place in range(len(chunk)):
             of_row = losses[owners == place]
             yield of_row.sum().item(), len(of_row)
+
+
+@cache
+def loss_of_base(root: Path, task: str) -> float:
+    """Of the base of the suite built in `root`; once a process, however many models are held against it."""
+    return mean_loss(load(root / "base"), task)
 
 
 def mean_loss(model: PreTrainedModel, task: str) -> float:

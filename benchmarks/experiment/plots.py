@@ -10,7 +10,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 from .results import Results
-from .tables import in_order, is_hand_set
+from .tables import in_order, has_fixed_ridge
 
 COLOURS = {
     "mergekit": "#9aa5b1",
@@ -63,7 +63,7 @@ def draw_epsilon(suites: list[Results], path: Path) -> bool:
 
     Returns whether there was anything to draw.
     """
-    shown = [suite for suite in suites if any(is_hand_set(row) for row in suite.rows)]
+    shown = [suite for suite in suites if any(has_fixed_ridge(row) for row in suite.rows)]
     if not shown:
         return False
     columns = min(3, len(shown))
@@ -76,7 +76,7 @@ def draw_epsilon(suites: list[Results], path: Path) -> bool:
             axes.set_axis_off()
         for axes, suite in zip(panels.flat, shown, strict=False):
             points = sorted(
-                (float(row.parameters["epsilon"]), row.relative_mean) for row in suite.rows if is_hand_set(row)
+                (float(row.parameters["epsilon"]), row.relative_mean) for row in suite.rows if has_fixed_ridge(row)
             )
             axes.semilogx(
                 *zip(*points, strict=True), marker="o", color=COLOURS["ace published"], label="published, fixed"

@@ -38,12 +38,12 @@ def summary_table(suites: list[Results]) -> str:
     """All suites: the mean relative to the experts in percent, a setting a line."""
     labels = [row.label for row in in_order({row.label: row for suite in suites for row in suite.rows}.values())]
     found = [{row.label: row.relative_mean for row in suite.rows} for suite in suites]
-    grids = [[row.relative_mean for row in suite.rows if is_hand_set(row)] for suite in suites]
+    grids = [[row.relative_mean for row in suite.rows if has_fixed_ridge(row)] for suite in suites]
     lines = [[label, *(f"{means[label]:.1f}" if label in means else "" for means in found)] for label in labels]
     lines.append(["*best of the published grid*", *(f"{max(grid):.1f}" if grid else "" for grid in grids)])
     return markdown(["method", *(suite.suite for suite in suites)], lines)
 
 
-def is_hand_set(row: Row) -> bool:
-    """Whether the row is the published method with a ridge that a person chose."""
+def has_fixed_ridge(row: Row) -> bool:
+    """Whether the row is the published method with a fixed ridge, not an estimated one."""
     return row.group == "ace published" and isinstance(row.parameters.get("epsilon"), float)

@@ -10,7 +10,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 from .results import Results
-from .tables import in_order, has_fixed_ridge
+from .tables import has_fixed_ridge, in_order
 
 COLOURS = {
     "mergekit": "#9aa5b1",

@@ -184,7 +184,8 @@ def plan_text(run: DryRun) -> str:
                 f"{counted(len(run.shards), 'file')}{part}:",
                 *rows,
                 f"reads {decimal(run.read)}, writes {decimal(run.written)}",
-                f"memory: about {decimal(run.memory)} a worker (estimate)",
+                f"memory: about {decimal(run.memory)} a worker, {decimal(run.least_memory)} where --memory "
+                "keeps it from reading ahead (estimates)",
             ]
         )
     )

@@ -24,6 +24,8 @@ class DryRun:
     written: int
     memory: int
     """A worker's: the largest tensor, the next one's inputs, the last one's output, Python; of pickles a whole file."""
+    least_memory: int
+    """The same without the next one's inputs, which `--memory` can keep from being read ahead."""
     part: Part | None
 
 
@@ -42,10 +44,12 @@ def dry_run(request: Request) -> DryRun:
     ahead = max((cost.inputs for cost in costs), default=0)
     tensors_written = (cost.written for cost in costs)
     held = tensors_written if request.options.safe_serialization else (shard.nbytes for shard in shards)
+    one = largest + max(held, default=0) + _PYTHON
     return DryRun(
         shards=shards,
         read=sum(cost.read for cost in costs),
         written=sum(shard.nbytes for shard in shards),
-        memory=largest + ahead + max(held, default=0) + _PYTHON,
+        memory=one + ahead,
+        least_memory=one,
         part=request.part,
     )

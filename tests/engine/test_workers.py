@@ -185,7 +185,7 @@ def test_a_dry_run_says_the_plan_and_makes_nothing(folder: Path, tmp_path: Path,
     assert result.exit_code == 0, result.output
     assert "files of part 1/2:" in result.output
     assert "model-0000" in result.output
-    assert "a worker (estimate)" in result.output
+    assert "where --memory keeps it from reading ahead (estimates)" in result.output
     assert not list(tmp_path.iterdir())
 
 

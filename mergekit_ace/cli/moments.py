@@ -52,7 +52,7 @@ def _parse_prompts(ctx: click.Context, param: click.Parameter, values: Sequence[
     "--self-prompts",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Of every expert without --prompts, N texts that it says by itself: no data, but every such expert is run",
+    help="Of every expert without --prompts, N texts that it generates: no data, but every such expert is run",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write; new or empty")
 @click.option(
@@ -93,7 +93,7 @@ def moments(
 
     For ace, wudi and actmat: set moments to the folder in the recipe's parameters. An expert without prompts keeps the
     estimate from its task vector. A few prompts of the expert's own task are enough, with answers where there are some.
-    With --self-prompts the experts say the prompts themselves.
+    With --self-prompts the experts generate the prompts.
 
     The folder holds the second moment of some tokens' activations, no prompts and no tokens. Keep it as private as the
     prompts all the same: activations hold information on what they were made from.

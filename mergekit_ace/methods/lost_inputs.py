@@ -40,10 +40,11 @@ class KnownInputs:
         Raises:
             RuntimeError: some are missing; with the tensor, the models and the remedy.
         """
-        if tensor is None:
+        given = _models(inputs)
+        if tensor is None or not given:  # merged from Python, by keys of its own
             return
         with self._lock:
-            lost = self._models.get(tensor, frozenset()) - _models(inputs)
+            lost = self._models.get(tensor, frozenset()) - given
         if lost:
             names = ", ".join(sorted(printable(str(model)) for model in lost))
             raise RuntimeError(

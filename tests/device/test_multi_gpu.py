@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from mergekit import merge
+from mergekit import merge, merge_methods
 from mergekit.graph import TaskHandle
+from mergekit.merge_methods.base import TensorGroup
 from mergekit.multigpu_executor import MultiGPUExecutor
 
 import mergekit_ace
@@ -131,3 +132,10 @@ def test_results_that_mergekit_loses_are_an_error(
         mergekit_yaml(recipe_of("ace", suite), tmp_path / "devices", "--multi-gpu")
     assert str(suite.experts[-1].path) in str(error.value)
     assert str(suite.experts[0].path) not in str(error.value)
+
+
+def test_a_merge_from_python_is_none_of_the_recipes_before_it(suite: Suite, tmp_path: Path) -> None:
+    mergekit_yaml(recipe_of("ace", suite), tmp_path / "out")
+    tensors = [read_tensors(model.path)[LOST_TENSOR] for model in (suite.base, suite.experts[0])]
+    merged = merge_methods.get("ace")([TensorGroup.from_tensors(tensors, base_index=0, name=LOST_TENSOR)])
+    assert torch.equal(merged[0], tensors[1])

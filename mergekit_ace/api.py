@@ -54,6 +54,10 @@ class Merged:
         self.out = out
         self._read, self._inspect = read, inspect
 
+    def __repr__(self) -> str:
+        where = "" if self.out is None else f", written to {self.out}"
+        return f"<Merged: {len(self.weights)} tensors{where}; .weights by name, .report for what was done to each>"
+
     @cached_property
     def weights(self) -> Mapping[str, Tensor]:
         """The merged tensors by name; of a folder, read when first asked for."""

@@ -6,6 +6,7 @@ import importlib
 from typing import NamedTuple, cast
 
 import click
+from click.shell_completion import CompletionItem
 
 from mergekit_ace import __version__
 
@@ -40,6 +41,13 @@ class _LazyGroup(click.Group):
         module, attribute = _COMMANDS[cmd_name].where.split(":")
         command = getattr(importlib.import_module(module), attribute)
         return cast(click.Command, command)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names of commands and options; click's own version imports every command for its summary."""
+        names = [(name, command.summary) for name, command in _COMMANDS.items() if name.startswith(incomplete)]
+        return [CompletionItem(name, help=summary) for name, summary in names] + click.Command.shell_complete(
+            self, ctx, incomplete
+        )
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -43,8 +43,8 @@ class Settings:
     Attributes:
         by: whose activations: the `base`'s over all prompts, or each `expert`'s own over its prompts.
         tokens: sampled inputs a layer and expert, at most.
-        self_prompts: how many prompts an expert says that is given none.
-        seed: of the choice of tokens, and of what experts say.
+        self_prompts: how many prompts an expert generates that is given none.
+        seed: of the choice of tokens, and of what experts generate.
         dtype: in which models run; `auto` for the one they are stored in.
         device: where they run.
         offload: a folder for what does not fit on the device and in memory; None to hold all of a model.
@@ -85,13 +85,13 @@ def collect(
 
     Args:
         plan: of the recipe, its adapters unmerged.
-        prompts: by the name of the expert; None for what it says by itself.
+        prompts: by the name of the expert; None for what it generates.
         out: the folder; new or empty.
         settings: whose activations, how many, where.
         progress: told of every prompt.
 
     Raises:
-        PromptError: a prompt that has no token, or too few in all; an expert that says nothing.
+        PromptError: a prompt that has no token, or too few in all; an expert that generates no text.
         ModelError: a model that cannot be run.
         RecipeError: the recipe's method takes no moments.
         ValueError: NaN or infinity in the activations.
@@ -105,7 +105,9 @@ def collect(
         for name, (_, listed) in prompts.items()
         if listed is not None
     }
-    said = {name: Sampler(name, tokenizer, longest=longest) for name, (_, listed) in prompts.items() if listed is None}
+    samplers = {
+        name: Sampler(name, tokenizer, longest=longest) for name, (_, listed) in prompts.items() if listed is None
+    }
     writer = MomentsWriter(out)
     models = _OneModel(plan, settings)
     sites, without = find_sites(targets, models.of(plan.base))
@@ -113,14 +115,14 @@ def collect(
         if name in given:
             digest = _digest(settings, str(reference), sites, [f"{p.ids} {p.positions}" for p in given[name]])
         else:
-            digest = _digest(settings, str(reference), sites, _what_it_says_depends_on(reference, settings))
+            digest = _digest(settings, str(reference), sites, _generation_depends_on(reference, settings))
         if writer.take_over(name, digest):
             LOG.info("%s: measured by an earlier run of the same command", name)
             continue
         if name in given:
             texts = given[name]
         else:
-            found = said[name].sample(
+            found = samplers[name].sample(
                 models.of(reference),
                 settings.self_prompts,
                 seed=settings.seed,
@@ -224,7 +226,7 @@ def _digest(settings: Settings, expert: str, sites: Sequence[Site], texts: Seque
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _what_it_says_depends_on(expert: ModelReference, settings: Settings) -> list[str]:
+def _generation_depends_on(expert: ModelReference, settings: Settings) -> list[str]:
     """The settings and the expert's own files; those of the base are in the sites."""
     parts = [f"{settings.self_prompts} {settings.seed} {settings.tokens}"]
     for path in filter(None, (expert.model, expert.lora)):

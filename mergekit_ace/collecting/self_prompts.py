@@ -1,4 +1,4 @@
-"""Prompts that an expert says by itself: sampled from it, so that nothing but the models is needed."""
+"""Prompts that an expert generates: sampled from it, so that nothing but the models is needed."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mergekit_ace.collecting.model import ModelError
 from mergekit_ace.collecting.prompts import PromptError
 
 LENGTH = 96
-"""Tokens that an expert adds to a start. It is not stopped at the end of a turn: where it says nothing to an empty turn
-it goes on to the next one."""
+"""Tokens that an expert adds to a start. It is not stopped at the end of a turn: where its answer to an empty
+turn is empty, it goes on to the next one."""
 _BATCH = 16
 _ROUNDS = 4
 """An expert is sampled at most so many times as often as samples are wanted."""
 _PLACE = "mergekit-ace"
-"""Stands for what a user says, to find where in a template that is."""
+"""Stands for the words of a user, to find where in a template they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampled:
-    """A text that an expert said.
+    """A text that an expert generated.
 
     Attributes:
         where: what it continues, for messages.
@@ -62,8 +62,8 @@ class Sampler:
         self._name = name
         self._tokenizer = tokenizer
         self._starts = _starts(name, tokenizer)
-        room = longest - max(len(start.ids) for start in self._starts) if longest else LENGTH
-        self._length = min(LENGTH, room)
+        left = longest - max(len(start.ids) for start in self._starts) if longest else LENGTH
+        self._length = min(LENGTH, left)
         if self._length < 1:
             raise PromptError(f"{name}: --self-prompts needs a model that takes more than {longest} tokens")
 
@@ -78,7 +78,7 @@ class Sampler:
     ) -> list[Sampled]:
         """Sample different texts, at temperature 1.
 
-        Thrown away: what says nothing beside special tokens and white space, and what was said before.
+        Texts of special tokens and white space alone, and repeats, are not used.
 
         Args:
             model: the expert.
@@ -88,7 +88,7 @@ class Sampler:
             progress: told how many texts there are, of how many.
 
         Returns:
-            `count` texts; fewer where the expert says less in four times as many.
+            `count` texts; fewer where four times as many samples do not hold so many different ones.
 
         Raises:
             ModelError: the model writes no text.
@@ -100,7 +100,7 @@ class Sampler:
                 f"--prompts {self._name}=FILE"
             )
         found: dict[str, Sampled] = {}
-        said = 0
+        drawn = 0
         # Of every start a whole batch at least, so that a short request has samples of all of them.
         batch = min(_BATCH, -(-count // len(self._starts)))
         devices = [device] if device.type == "cuda" else []
@@ -108,16 +108,16 @@ class Sampler:
             torch.manual_seed(seed)
             for start, texts in self._rounds(model, batch, device):
                 for ids in texts:
-                    said += 1
+                    drawn += 1
                     words = self._tokenizer.decode(ids, skip_special_tokens=True).strip()
                     if words and words not in found and len(found) < count:
                         found[words] = Sampled(where=start.where, ids=(*start.ids, *ids))
                 progress(len(found), count)
-                if len(found) == count or said >= _ROUNDS * count:
+                if len(found) == count or drawn >= _ROUNDS * count:
                     break
         if not found:
             raise PromptError(
-                f"{self._name}: the expert said nothing in {said} samples that could be used as a prompt. Give "
+                f"{self._name}: none of the expert's {drawn} samples could be used as a prompt. Give "
                 f"--prompts {self._name}=FILE"
             )
         return list(found.values())

@@ -150,7 +150,7 @@ def _average_what(e: Evidence) -> str:
 
 
 def _average_remedy(e: Evidence) -> str:
-    return "Set correlation_threshold: 0 to merge such matrices by their second moments all the same."
+    return "Measure them on a few prompts (mergekit-ace moments), or set correlation_threshold: 0 to use the estimates."
 
 
 def _refinement(e: Evidence) -> float | None:

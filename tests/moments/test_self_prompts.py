@@ -66,7 +66,7 @@ def test_empty_texts_and_repeats_are_thrown_away(scene: Scene) -> None:
 
 def test_an_expert_that_says_nothing_is_named(scene: Scene) -> None:
     sampler = Sampler("coder", tokenizer_of(scene), longest=0)
-    with pytest.raises(PromptError, match=r"coder: the expert said nothing in 8 samples .* --prompts coder=FILE"):
+    with pytest.raises(PromptError, match=r"coder: none of the expert's 8 samples .* --prompts coder=FILE"):
         sampler.sample(Saying([[2, 1]] * 8), 2, seed=0, device=CPU)
 
 
@@ -198,7 +198,7 @@ def test_an_expert_that_says_nothing_stops_the_command(scene: Scene) -> None:
     silence(scene.suite.experts[1].path)
     result = scene.measure("--self-prompts", 2)
     assert result.exit_code == 1
-    assert "expert1: the expert said nothing in 8 samples that could be used as a prompt" in result.output
+    assert "expert1: none of the expert's 8 samples could be used as a prompt" in result.output
     assert "Give --prompts expert1=FILE" in result.output
     assert not (scene.folder / "moments").exists()
 

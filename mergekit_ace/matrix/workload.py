@@ -31,11 +31,12 @@ def by_matrix_weights(m: int, n: int, experts: int, *, halved: bool = False) -> 
     return (experts - 1) * (n + product) <= (experts + 1) * m
 
 
-def working_numbers(m: int, n: int, experts: int) -> int:
+def working_numbers(m: int, n: int, experts: int, *, measured: bool = False) -> int:
     """The most working-dtype numbers that `merge_by_covariance` holds at once beyond its inputs, for full fine-tunes.
 
         max(3 n^2 + 6 m n, 7 m n + 10 min(m, n)^2)             solve; refinement and bounds
         max(2 q^2 + q n + 2 m q + 3 m n, the same refinement)  where the q = T m rows are fewer than n
+        max(4 n^2 + 4 m n, the same refinement)                with measured second moments
 
     Of the seven, four are float64 copies of two blocks, which are whole tensors where these are small. The number of
     experts only enters where few of them need less than the bound for many. Low-rank updates need less.
@@ -44,16 +45,22 @@ def working_numbers(m: int, n: int, experts: int) -> int:
     dense = 3 * n * n + 6 * m * n
     stacked_rows = 2 * q * q + q * n + 2 * m * q + 3 * m * n
     solve = stacked_rows if by_stacked_rows(m, n, experts) else dense
+    if measured:
+        solve = 4 * n * n + 4 * m * n
     return max(solve, 7 * m * n + 10 * min(m, n) ** 2)
 
 
-def multiply_adds(m: int, n: int, experts: int) -> float:
+def multiply_adds(m: int, n: int, experts: int, *, measured: int = 0) -> float:
     """Working-dtype multiply-adds of products, factors and triangular solves, for full fine-tunes.
 
-    Symmetric products at half of their full count. The eigendecomposition of the refinement is not in it.
+    Symmetric products at half of their full count. The eigendecomposition of the refinement is not in it. `measured` is
+    the number of inputs that each second moment is the mean of, 0 for estimates.
     """
     small, large = min(m, n), max(m, n)
     refinement = small * small * large
+    if measured:
+        each = n * n * (m + min(measured, n)) / 2 + m * n * n
+        return experts * each + n**3 / 6 + m * n * n + refinement
     if by_stacked_rows(m, n, experts):
         q = experts * m
         return q * q * n / 2 + experts * m**3 + q**3 / 6 + m * q * q + 2 * m * q * n + refinement

@@ -83,6 +83,25 @@ def measured_moments_of_adapters(
     return moments if any(moment is not None for moment in moments) else None
 
 
+def measured_inputs(name: str, parameters: Mapping[str, Any]) -> int:
+    """The most inputs that a tensor's second moments are the mean of; 0 where none is measured.
+
+    Args:
+        name: of the tensor.
+        parameters: of the recipe.
+
+    Raises:
+        MomentsError: the folder is none.
+    """
+    if not parameters.get("moments"):
+        return 0
+    index = open_moments(Path(parameters["moments"])).index
+    if name not in index.tensors:
+        return 0
+    source = index.tensors[name].input
+    return max((entry.inputs[source].tokens for entry in index.experts.values() if source in entry.inputs), default=0)
+
+
 def _found(
     name: str, shape: Sequence[int], experts: Mapping[str, bool], parameters: Mapping[str, Any], warn: Warn
 ) -> tuple[MomentsFolder, MeasuredTensor, Mapping[str, str | None]] | None:

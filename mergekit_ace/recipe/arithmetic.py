@@ -34,8 +34,19 @@ class Arithmetic:
         return Arithmetic(single=count * self.single, double=count * self.double, cubes=count * self.cubes)
 
 
-def arithmetic_of(method: LayerwiseMethod, parameters: Mapping[str, Any], m: int, n: int, experts: int) -> Arithmetic:
-    """What a method does to one `[m, n]` matrix of full fine-tunes; updates of low rank take less."""
+def arithmetic_of(
+    method: LayerwiseMethod, parameters: Mapping[str, Any], m: int, n: int, experts: int, *, measured: int = 0
+) -> Arithmetic:
+    """What a method does to one `[m, n]` matrix of full fine-tunes; updates of low rank take less.
+
+    Args:
+        method: of the recipe.
+        parameters: of the tensor.
+        m: rows.
+        n: columns.
+        experts: how many.
+        measured: inputs that each second moment is the mean of; 0 for estimates.
+    """
     small = min(m, n)
     if method.name == "tsv_m":
         k = max(1, small // max(1, experts))
@@ -57,7 +68,7 @@ def arithmetic_of(method: LayerwiseMethod, parameters: Mapping[str, Any], m: int
         products = (small * small * max(m, n) / 2 + m * n * small) * experts + m * n * size
         return Arithmetic(single=products, double=float(size) ** 3, cubes=float(size) ** 3)
     # `multiply_adds` has the refinement's product of singular vectors in it.
-    solve = Arithmetic(single=multiply_adds(m, n, experts) - small * small * max(m, n))
+    solve = Arithmetic(single=multiply_adds(m, n, experts, measured=measured) - small * small * max(m, n))
     refinement = method.options(parameters).refinement if isinstance(method, Ace) else None
     k = int(refinement.fraction * small) if refinement is not None else 0
     return solve if k == 0 else solve + _triples(m, n, k) + _product(m, n, k)

@@ -10,6 +10,8 @@ from mergekit_ace.checkpoints.headers import TensorHeader
 from mergekit_ace.linalg.precision import working_dtype
 from mergekit_ace.matrix.workload import averaging_bytes, working_numbers
 from mergekit_ace.methods.layerwise import LayerwiseMethod
+from mergekit_ace.methods.measured_moments import measured_inputs
+from mergekit_ace.moments.index import MomentsError
 from mergekit_ace.recipe.arithmetic import Arithmetic, arithmetic_of
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
 
@@ -48,8 +50,10 @@ def tensor_cost(plan: Plan, tensor: PlannedTensor, output: TensorHeader | None) 
     if solved is not None and len(models) > 1:
         count, m, n = solved
         assert isinstance(plan.method, LayerwiseMethod)
-        arithmetic = arithmetic_of(plan.method, tensor.shared_parameters, m, n, len(models) - 1) * count
-        workspace = working_numbers(m, n, len(models) - 1) * working_dtype(dtype).itemsize
+        parameters, experts = tensor.shared_parameters, len(models) - 1
+        measured = _measured_inputs(tensor)
+        arithmetic = arithmetic_of(plan.method, parameters, m, n, experts, measured=measured) * count
+        workspace = working_numbers(m, n, experts, measured=measured > 0) * working_dtype(dtype).itemsize
     return TensorCost(
         # A tensor that mergekit converts has no header of its own.
         read=sum(header.bytes for header in headers) or output.bytes * len(models),
@@ -58,6 +62,13 @@ def tensor_cost(plan: Plan, tensor: PlannedTensor, output: TensorHeader | None) 
         workspace=workspace,
         arithmetic=arithmetic,
     )
+
+
+def _measured_inputs(tensor: PlannedTensor) -> int:
+    try:
+        return measured_inputs(tensor.name, tensor.shared_parameters)
+    except MomentsError:  # said by the check of the moments
+        return 0
 
 
 def solved_matrices(plan: Plan, tensor: PlannedTensor, shape: tuple[int, ...]) -> tuple[int, int, int] | None:

@@ -4,6 +4,10 @@ import pytest
 import torch
 
 from mergekit_ace.linalg import draws, precision
+from mergekit_ace.matrix.expert import Expert, MeasuredMoment
+from mergekit_ace.matrix.merge import merge_by_covariance
+from mergekit_ace.matrix.presets import ACE
+from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.matrix.workload import working_numbers
 from tests.device.pretended import AVAILABLE, PretendedAccelerator
 from tests.family.cases import Case, cases, drawn
@@ -64,3 +68,25 @@ def test_a_covariance_merge_keeps_the_bound_of_its_memory(shape: tuple[int, int]
             accelerator = merged_on_a_device(case, shape, torch.float32, experts)
             bound = 4 * working_numbers(*shape, experts) + BYTES_OF_SCALARS
             assert accelerator.peak <= bound, case
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("tokens", [50, 2000])
+def test_a_merge_by_measured_moments_keeps_the_bound_of_its_memory(shape: tuple[int, int], tokens: int) -> None:
+    base, updated = drawn(3, *shape, dtype=torch.float32)
+    n = shape[1]
+    factors = [torch.randn(min(tokens, n), n, generator=torch.Generator().manual_seed(t)).bfloat16() for t in range(3)]
+    with PretendedAccelerator() as accelerator:
+        placed = accelerator.place(base, "gpu:0")
+        experts = [
+            Expert(
+                name=str(t),
+                tensor=accelerator.place(tensor, "gpu:0"),
+                measured=MeasuredMoment(factor=factors[t], error=0.1, tokens=tokens),
+            )
+            for t, tensor in enumerate(updated)
+        ]
+        merge_by_covariance(TaskVectors(placed, experts), ACE)
+    # A factor is moved in the format that it is stored in, 2 bytes a number, and then widened.
+    moved = 2 * factors[0].numel()
+    assert accelerator.peak <= 4 * working_numbers(*shape, 3, measured=True) + moved + BYTES_OF_SCALARS

@@ -96,6 +96,32 @@ def test_qwen_lora_to_lora(tmp_path: Path) -> None:
         assert (merged[name] - tensor).norm() <= 1e-2 * change.norm() + 1e-6
 
 
+def test_prompts(tmp_path: Path) -> None:
+    """The commands of the recipe: moments are measured and merged by, and the merge is another one than without."""
+    suite = make_suite("llama", tmp_path, experts=1)
+    save_tokenizer(suite.base.path, VOCABULARY)
+    models = {"Qwen/Qwen2.5-7B-Instruct": suite.base.path}
+    arguments = []
+    for seed, task in enumerate(("sql", "legal", "medical")):
+        adapter = add_adapter(suite.base.path, tmp_path / f"{task}-lora", rank=4, targets=["q_proj"], seed=seed)
+        models[f"your-name/qwen2.5-7b-{task}-lora"] = adapter
+        words = [" ".join(f"word{(31 * seed + 5 * line + word) % 90}" for word in range(9)) for line in range(5)]
+        (tmp_path / f"{task}.txt").write_text("\n".join(words))
+        arguments += ["--prompts", f"{task}-lora={tmp_path / f'{task}.txt'}"]
+    (document,) = localized("prompts", models, {})
+    assert document.pop("parameters") == {"moments": "moments/"}
+    recipe, moments = tmp_path / "recipe.yml", tmp_path / "moments"
+    recipe.write_text(yaml.safe_dump(document))
+    result = CliRunner().invoke(main, ["moments", str(recipe), "--out", str(moments), *arguments])
+    assert result.exit_code == 0, result.output
+    flags = ("--lora-merge-cache", str(tmp_path / "cache"), "--lora-merge-dtype", "float32")
+    estimated = read_tensors(mergekit_yaml(document, tmp_path / "estimated", *flags))
+    document["parameters"] = {"moments": str(moments)}
+    measured = read_tensors(mergekit_yaml(document, tmp_path / "measured", *flags))
+    differing = {name for name, tensor in measured.items() if not torch.equal(tensor, estimated[name])}
+    assert differing == {name for name in measured if "q_proj.weight" in name}
+
+
 def _cached(cache: Path, base: Path, adapter: Path) -> Checkpoint:
     """What mergekit made of base + adapter."""
     (folder,) = (path for path in cache.iterdir() if adapter.name in path.name and base.name in path.name)

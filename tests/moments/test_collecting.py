@@ -3,6 +3,8 @@
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -108,6 +110,34 @@ def test_a_stopped_run_is_continued(scene: Scene, monkeypatch: pytest.MonkeyPatc
     assert scene.measure(*arguments, out="whole").exit_code == 0
     for file in (scene.folder / "whole").iterdir():
         assert file.read_bytes() == (scene.folder / "moments" / file.name).read_bytes()
+
+
+def test_a_model_that_is_offloaded_gives_the_same_moments(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers on the disk: their weights are on no device until they run."""
+    from mergekit_ace.collecting import model as models
+
+    prompts = scene.prompts("a.txt")
+    assert scene.measure("--prompts", f"expert0={prompts}", out="whole").exit_code == 0
+    automatic = models.get_auto_cls
+
+    def with_layers_on_the_disk(name: str) -> Any:
+        loader = automatic(name)
+        real = loader.from_pretrained
+
+        def from_pretrained(*arguments: Any, **options: Any) -> Any:
+            assert options["device_map"] == "auto"
+            layers = {f"model.layers.{layer}": "disk" for layer in (1, 2)}
+            places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+            others = {"model.rotary_emb": "cpu"}
+            return real(*arguments, **options | {"device_map": places | others | layers})
+
+        return SimpleNamespace(from_pretrained=from_pretrained)
+
+    monkeypatch.setattr(models, "get_auto_cls", with_layers_on_the_disk)
+    result = scene.measure("--prompts", f"expert0={prompts}", "--offload", out="offloaded")
+    assert result.exit_code == 0, result.output
+    for file in (scene.folder / "whole").iterdir():
+        assert file.read_bytes() == (scene.folder / "offloaded" / file.name).read_bytes()
 
 
 def test_conv1d_is_measured_along_its_first_axis(make: Make) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from mergekit.options import MergeOptions
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,7 +19,11 @@ from mergekit_ace.matrix.expert import Expert, MeasuredMoment
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.presets import ACE
 from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.matrix.workload import working_numbers
 from mergekit_ace.moments.index import MomentsIndex, read_index
+from mergekit_ace.recipe.plan import planned
+from mergekit_ace.recipe.reading import read_recipe
+from mergekit_ace.recipe.tensor_cost import tensor_cost
 from tests.checkpoints import Update, add_adapter, edit_tensors, read_tensors
 from tests.moments.conftest import Make, Scene
 
@@ -128,6 +133,28 @@ def test_a_recipe_may_read_the_base_in_another_dtype(make: Make, dtype: str) -> 
     scene.recipe.write_text(yaml.safe_dump({**document, "dtype": dtype}))
     result = merge(scene)
     assert result.exit_code == 0, result.output
+
+
+def test_the_estimate_of_the_cost_counts_measured_moments(make: Make) -> None:
+    """Of few wide rows, which estimates merge by their few rows: measured moments have no such route."""
+    scene = make("llama", update=Update.EVEN, scale=0.1)
+    index = measured(scene, "expert0", "expert1")
+    document = yaml.safe_load(scene.recipe.read_text())
+    costs = {}
+    for name, moments in (("estimated", ""), ("measured", str(scene.folder / "moments"))):
+        file = scene.folder / f"{name}.yml"
+        file.write_text(yaml.safe_dump(document | {"parameters": {"moments": moments}} if moments else document))
+        with planned(read_recipe(file), MergeOptions()) as plan:
+            tensor = next(tensor for tensor in plan.tensors if tensor.name.endswith("k_proj.weight"))
+            assert tensor.base is not None
+            costs[name] = tensor_cost(plan, tensor, tensor.header(tensor.base))
+    m, n = scene.suite.base.tensors[tensor.name].shape
+    tokens = index.experts["expert0"].inputs[index.tensors[tensor.name].input].tokens
+    assert costs["measured"].workspace == 4 * working_numbers(m, n, 2, measured=True)
+    assert costs["measured"].workspace >= 4 * (4 * n * n + 4 * m * n)
+    products = 2 * (n * n * (m + min(tokens, n)) / 2 + m * n * n)
+    assert costs["measured"].arithmetic.single > products
+    assert costs["measured"].arithmetic.single > costs["estimated"].arithmetic.single
 
 
 def test_conv1d_needs_its_input_axis(make: Make) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mergekit_ace import __version__, register
 from mergekit_ace.checks.preflight import require_sound_inputs, require_sound_plan
+from mergekit_ace.checks.spelling import check_parameters
 from mergekit_ace.engine.merging import Request, Site
 from mergekit_ace.engine.merging import merge as write_merge
 from mergekit_ace.engine.shard_maker import ShardMaker
@@ -190,7 +191,10 @@ def _as_recipe(
         **({"parameters": dict(parameters)} if parameters else {}),
         **({} if dtype is None else {"dtype": "float32", "out_dtype": str(dtype).removeprefix("torch.")}),
     }
-    return parse_recipe(yaml.safe_dump(document, sort_keys=False), Path("merge()"))
+    recipe = parse_recipe(yaml.safe_dump(document, sort_keys=False), Path("merge()"))
+    for finding in check_parameters(recipe.document):  # a command warns of them; a call is written for this merge alone
+        raise ValueError(f"{finding.what}. {finding.remedy}")
+    return recipe
 
 
 def _merge_folders(recipe: Recipe, out: str | Path | None, overwrite: bool, options: MergeOptions) -> Merged:

@@ -114,7 +114,7 @@ def _check(target: Path, overwrite: bool, inputs: Collection[Path]) -> None:
     if not overwrite:
         raise FileExistsError(
             f"output folder must be new or empty; got {target}, which holds {names[0]}. "
-            "Pass --overwrite to replace it once the merge is done"
+            "Pass --overwrite (in Python overwrite=True) to replace it once the merge is done"
         )
     if not any(name in _OURS for name in names):
         raise FileExistsError(

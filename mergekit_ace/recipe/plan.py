@@ -335,11 +335,24 @@ def planned(
                     plain = ModelReference(model=model.model)
                     stored = plain if adapters_unmerged or headers_only else merged_adapter(model, options)
                     loaders.loaders[model] = stored.lazy_loader(options.transformers_cache, options.lazy_unpickle)
-                loaders.get(model)
+                _open(loaders, model)
             plan = Plan(recipe, options, loaders, headers_only=headers_only)
         except Exception as error:  # mergekit, transformers, safetensors and torch each raise their own
             raise RecipeError(f"{recipe.name}: mergekit cannot plan this merge; {message_of(error)}") from error
         yield plan
+
+
+def _open(loaders: LoaderCache, model: ModelReference) -> None:
+    """Have mergekit find a model's files, which it fetches where they are not on this disk."""
+    try:
+        loaders.get(model)
+    except Exception as error:  # of the network, of its libraries, of a hub that is down
+        if not is_on_hub(model.model):
+            raise
+        raise RuntimeError(
+            f"{model.model} is no folder on this disk, and fetching it from the Hugging Face Hub failed; "
+            f"{message_of(error)}. Check its path or name, and the network"
+        ) from error
 
 
 @contextmanager

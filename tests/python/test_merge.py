@@ -94,9 +94,32 @@ def test_other_methods_of_mergekit_report_norms() -> None:
     assert merged.report.tensors[0].merged is None
 
 
+def test_a_model_that_cannot_be_fetched_is_named(suite: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_network(*arguments: object, **keywords: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", no_network)
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", no_network)
+    base, experts = folders(suite)
+    with pytest.raises(
+        RecipeError, match=r"somebody/model is no folder on this disk, .* no route to host. Check its path"
+    ):
+        merge([experts[0], "somebody/model"], base=base)
+
+
+def test_a_result_shows_what_it_holds(suite: Suite) -> None:
+    base, experts = folders(suite)
+    assert (
+        repr(merge(experts, base=base)) == "<Merged: 30 tensors; .weights by name, .report for what was done to each>"
+    )
+
+
 def test_errors_name_what_is_wrong(suite: Suite, tmp_path: Path) -> None:
     base, experts = folders(suite)
     state = {"up.weight": torch.randn(4, 4)}
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "notes.txt").touch()
     for arguments, error, message in (
         (([state, experts[0]], {"base": base}), TypeError, "must all be folders"),
         (([state], {}), ValueError, "base must be"),
@@ -107,6 +130,8 @@ def test_errors_name_what_is_wrong(suite: Suite, tmp_path: Path) -> None:
         (([state], {"base": state, "out": tmp_path / "out"}), ValueError, "out is for folders"),
         (([3], {"base": state}), TypeError, "got int"),
         (([tmp_path], {"base": base}), RecipeError, str(tmp_path)),
+        ((experts, {"base": base, "parameters": {"epsilom": 1}}), ValueError, "Did you mean epsilon"),
+        ((experts, {"base": base, "out": full}), FileExistsError, "overwrite=True"),
     ):
         models, keywords = arguments
         with pytest.raises(error, match=message):

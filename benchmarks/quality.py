@@ -43,7 +43,7 @@ def measure(suite: BuiltSuite, settings: list[Setting], results: Path, fresh: tu
 
 
 def known(setting: Setting, suite: BuiltSuite) -> bool:
-    if setting.prompts and not suite.has_prompts:
+    if (setting.prompts or setting.self_prompts) and not suite.has_prompts:
         return False
     if merging.registered(setting.method):
         return True
@@ -90,14 +90,16 @@ def measured(suite: BuiltSuite, settings: list[Setting], found: Results) -> None
 
 
 def measured_moments(setting: Setting, suite: BuiltSuite, folder: Path) -> Path | None:
-    """Moments by prompts of each expert's task, or of the next one's, beside `folder`; None for data-free settings."""
-    if not setting.prompts:
+    """Moments by prompts of each expert's task, of the next one's, or by its own texts; None where it asks for none."""
+    if not (setting.prompts or setting.self_prompts):
         return None
     moments = folder.with_name(f"{folder.name}-moments")
-    files = list(suite.write_prompts(folder.with_name(f"{folder.name}-prompts"), setting.prompts).values())
+    # For the tokenizer, where the experts generate texts.
+    files = list(suite.write_prompts(folder.with_name(f"{folder.name}-prompts"), max(1, setting.prompts)).values())
     if setting.of_another_task:
         files = [*files[1:], files[0]]
-    merging.measure_moments(setting, suite.root / "base", [suite.root / task for task in suite.tasks], files, moments)
+    experts = [suite.root / task for task in suite.tasks]
+    merging.measure_moments(setting, suite.root / "base", experts, files, moments)
     return moments
 
 

@@ -45,10 +45,12 @@ def registered(method: str) -> bool:
 
 
 def measure_moments(setting: Setting, base: Path, experts: list[Path], prompts: list[Path], out: Path) -> None:
-    """Write the moments of each expert's prompts into `out`, by `mergekit-ace moments`."""
+    """Write the moments of each expert's prompts, or of its own texts, into `out`, by `mergekit-ace moments`."""
     config = out.with_name(f"{out.name}.yaml")
     config.write_text(recipe(setting, base, experts), encoding="utf-8")
     given = [f"--prompts={expert}={file}" for expert, file in zip(experts, prompts, strict=True)]
+    if setting.self_prompts:
+        given = [f"--self-prompts={setting.self_prompts}"]
     moments_command.main(args=[str(config), *given, "--out", str(out), "--quiet"], standalone_mode=False)
 
 

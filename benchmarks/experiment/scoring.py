@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from benchmarks.suites.catalogue import SUITES
+from benchmarks.suites.recipe import KINDS_WITH_PROMPTS
 
 MODEL_LINE = re.compile(r"^(?P<folder>.+): relative mean (?P<mean>-?[\d.]+|nan) (?P<accuracies>\{.*\})$")
 COMMANDS = ("mergekit-yaml", "mergekit-pytorch")
@@ -80,6 +81,8 @@ class BuiltSuite:
     @property
     def has_prompts(self) -> bool:
         """Whether its program writes prompts of each task."""
+        if self.name in SUITES:
+            return SUITES[self.name].kind in KINDS_WITH_PROMPTS
         return bool(self.facts.get("prompts", False))
 
     def write_prompts(self, folder: Path, count: int) -> dict[str, Path]:

@@ -20,6 +20,8 @@ class Setting:
     quick: bool = False
     prompts: int = 0
     """Training rows of each task by which second moments are measured: no data-free setting."""
+    self_prompts: int = 0
+    """Texts that each expert generates, by which second moments are measured; data-free."""
     of_another_task: bool = False
     """Each expert is given the next one's prompts, as a control."""
 
@@ -84,6 +86,7 @@ SETTINGS: tuple[Setting, ...] = (
         Setting(label=method, group="family", method=method, quick=method in ("tsv_m", "iso_c"))
         for method in ("actmat", "wudi", "tsv_m", "iso_c", "iso_cts", "cart")
     ),
+    Setting(label="ace, 32 self-prompts", group="ace", method="ace", self_prompts=32),
     with_prompts("ace, 8 prompts (not data-free)", 8),
     with_prompts("ace, 32 prompts (not data-free)", 32),
     with_prompts("ace, 8 prompts of another task (not data-free)", 8, of_another_task=True),

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from .recipe import Expert, Suite
 from .texts import domain
@@ -22,6 +23,7 @@ LENGTH = 96
 PRETRAINING_STEPS = 1200
 PRETRAINING_RATE = 3e-3
 TEST_WINDOWS = 120
+PROMPTS_SEED = 5
 
 
 class Decoder:
@@ -53,6 +55,18 @@ class Decoder:
         windows = Windows((expert.task,), expert.seed)
         fit(model, lambda: loss_on(model, windows.draw(BATCH)), steps=expert.steps, learning_rate=expert.learning_rate)
         return merged(model)
+
+    def prompts(self, task: str, count: int) -> list[dict[str, str]]:
+        """Windows from random places of the training part."""
+        codes = Windows((task,), PROMPTS_SEED).draw(count)
+        return [{"text": bytes(row).decode("ascii")} for row in codes.tolist()]
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """One token a character, whose number is its code; texts start with a line feed."""
+        characters = Tokenizer(models.WordLevel({chr(code): code for code in range(128)}, unk_token=chr(0)))
+        characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        characters.decoder = decoders.Fuse()
+        PreTrainedTokenizerFast(tokenizer_object=characters, bos_token="\n").save_pretrained(folder)
 
     @torch.no_grad()
     def accuracies(self, tasks: Sequence[str], root: Path, folder: Path) -> dict[str, float]:

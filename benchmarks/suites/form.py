@@ -103,7 +103,6 @@ def write_facts(kind: Kind, suite: Suite, root: Path) -> None:
     facts = {
         "command": kind.command,
         "tasks": list(suite.tasks),
-        "prompts": isinstance(kind, KindWithPrompts),
         "test_rows": kind.test_rows(suite, root),
         "recipe": asdict(suite),
     }

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 # the folder of a built suite for what stays outside the merge
 HEADS = "heads"
+KINDS_WITH_PROMPTS = ("chat", "decoder")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from transformers import AutoTokenizer
 
 from benchmarks import quality
 from benchmarks.experiment import merging
 from benchmarks.experiment.scoring import BuiltSuite, parsed, relative_mean, standard_error
 from benchmarks.experiment.settings import SETTINGS, selected
+from benchmarks.suites.__main__ import kind_of
+from benchmarks.suites.decoder import Decoder
+from benchmarks.suites.form import KindWithPrompts
+from benchmarks.suites.recipe import KINDS_WITH_PROMPTS
 
 TINY = Path(__file__).parent / "tiny"
 
@@ -78,6 +83,21 @@ def test_settings_with_prompts_measure_moments(builds: Path, tmp_path: Path, mon
         "ace, 8 prompts of another task (not data-free)",
     ]
     assert len({tuple(row["accuracies"].values()) for row in rows}) == 3
+
+
+def test_the_byte_level_tokenizer_gives_the_codes(tmp_path: Path) -> None:
+    """As the decoder suites have been trained on, line feeds and all."""
+    kind = Decoder()
+    kind.save_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    text = "def f(x):\n\treturn  {1: 'a'}\n"
+    assert tokenizer(text).input_ids == list(text.encode("ascii"))
+    assert tokenizer.decode(tokenizer("a b").input_ids) == "a b"
+
+
+@pytest.mark.parametrize("kind", ["digits", "decoder"])
+def test_the_kinds_with_prompts_are_listed(kind: str) -> None:
+    assert isinstance(kind_of(kind), KindWithPrompts) == (kind in KINDS_WITH_PROMPTS)
 
 
 def test_suites_without_prompts_leave_those_settings_out(builds: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`mergekit-ace merge`: `mergekit-yaml`, all or nothing, whole or in parts, by one worker or many."""
+"""`mergekit-ace merge`: a recipe's model or a part of it, by one worker or many; it appears when it is complete."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import click
 from click.core import ParameterSource
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from mergekit.options import MergeOptions, add_merge_options
 
 import mergekit_ace
 from mergekit_ace.adapters.truncation import Rank
@@ -19,6 +19,7 @@ from mergekit_ace.checks.preflight import check_unread, require_sound_inputs
 from mergekit_ace.cli import progress
 from mergekit_ace.cli.adapters import parse_rank, write_adapter
 from mergekit_ace.cli.failures import describe, reported
+from mergekit_ace.cli.help import Command
 from mergekit_ace.engine.dry_run import dry_run
 from mergekit_ace.engine.events import Event
 from mergekit_ace.engine.merging import Outcome, Request
@@ -29,6 +30,12 @@ from mergekit_ace.printable import printable
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.reading import read_recipe
 
+_EXIT_STATUSES = {
+    0: "the output is complete",
+    1: "it failed; OUT_PATH is as it was before",
+    2: "the command line is wrong",
+    130: "stopped by Ctrl-C (143: by SIGTERM); --resume goes on",
+}
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -63,7 +70,7 @@ def _parse_bytes(ctx: click.Context, param: click.Parameter, value: str | None) 
     return int(size)
 
 
-@click.command("merge", cls=PrettyPrintHelp)
+@click.command("merge", cls=Command, exit_statuses=_EXIT_STATUSES)
 @click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out_path", type=click.Path(path_type=Path))
 @click.option("--overwrite", is_flag=True, help="Replace a model in OUT_PATH, once the new one is whole")

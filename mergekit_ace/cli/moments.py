@@ -10,9 +10,10 @@ from typing import Literal
 
 import click
 from mergekit.common import ModelReference
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from mergekit.options import MergeOptions, add_merge_options
 
 from mergekit_ace.cli.failures import reported
+from mergekit_ace.cli.help import Command
 from mergekit_ace.collecting.collect import Collected, Progress, Settings, collect
 from mergekit_ace.collecting.prompts import Prompt, read_prompts
 from mergekit_ace.moments.load import last_part
@@ -21,6 +22,13 @@ from mergekit_ace.recipe.plan import Plan, planned
 from mergekit_ace.recipe.reading import read_recipe
 
 LOG = logging.getLogger("mergekit_ace")
+
+_EXIT_STATUSES = {
+    0: "measured",
+    1: "it failed",
+    2: "the command line is wrong",
+    130: "stopped by Ctrl-C (143: by SIGTERM); the same command goes on",
+}
 
 
 def _parse_prompts(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> list[tuple[str, Path]]:
@@ -37,7 +45,7 @@ def _parse_prompts(ctx: click.Context, param: click.Parameter, values: Sequence[
     return pairs
 
 
-@click.command("moments", cls=PrettyPrintHelp)
+@click.command("moments", cls=Command, exit_statuses=_EXIT_STATUSES)
 @click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--prompts",

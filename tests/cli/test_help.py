@@ -21,7 +21,15 @@ def test_help_shows_no_escape_sequences(command: str) -> None:
     assert text.replace("\n", "").isprintable()
 
 
-@pytest.mark.parametrize(("command", "statuses"), [("check", "012"), ("inspect", ("0", "1", "2", "130"))])
+@pytest.mark.parametrize(
+    ("command", "statuses"),
+    [
+        ("check", "012"),
+        ("inspect", ("0", "1", "2", "130")),
+        ("merge", ("0", "1", "2", "130")),
+        ("moments", ("0", "1", "2", "130")),
+    ],
+)
 def test_help_lists_the_exit_statuses_one_a_line(command: str, statuses: tuple[str, ...]) -> None:
     section = CliRunner().invoke(main, [command, "--help"]).output.partition("Exit status:\n")[2]
     lines = [line for line in section.splitlines() if line.startswith("  ") and line[2] != " "]

@@ -8,21 +8,13 @@ import torch
 import mergekit_ace
 
 ROOT = Path(__file__).parent
-# Whole checkpoints, commands, processes, environments. What is left runs in about a minute.
+# Whole checkpoints, commands, processes, environments; and what goes through every method or setting on many matrices.
+# What is left runs in about a minute.
 SLOW = (
-    *(
-        "adapters",
-        "benchmarks",
-        "checks",
-        "cli",
-        "demo",
-        "device/test_multi_gpu.py",
-        "end_to_end",
-        "engine",
-        "examples",
-        "fuzz",
-    ),
-    *("documentation", "moments", "packaging", "python", "recipe", "report", "robustness", "zoo"),
+    *("adapters", "benchmarks", "checks", "cli", "demo", "documentation", "end_to_end", "engine", "examples", "fuzz"),
+    *("moments", "packaging", "python", "recipe", "reference", "report", "robustness", "zoo"),
+    *("device/test_costs.py", "device/test_memory.py", "device/test_methods.py", "device/test_multi_gpu.py"),
+    *("family/test_contract.py", "family/test_formulas.py", "family/test_range.py", "matrix/test_budget.py"),
 )
 
 

@@ -261,6 +261,121 @@ def test_a_rule_applies_beyond_its_threshold_and_not_at_it(
     assert [rule.cause for rule in RULES if rule.extent(evidence()) is not None] == []
 
 
+EXPLAINED = {"averaged": 1.0, "correlation": 0.0123}
+SENTENCES: list[tuple[str, Evidence, str]] = [
+    (
+        "change",
+        evidence(relative_change=0.3),
+        "the merge changes the weight by 30% of its norm, more than 20%: updates that large do not add up. "
+        "Set length_bound: true, or lambda nearer to 0.",
+    ),
+    ("change", evidence(relative_change=0.3, settings={"length_bound": True}), ". Set lambda nearer to 0."),
+    ("change", evidence(relative_change=0.3, settings={}), ". Set lambda nearer to 0."),
+    ("change", evidence(relative_change=0.3, facts={"averaged": 1}), ". Set lambda nearer to 0."),
+    (
+        "ridge",
+        evidence(facts={"ridge": 12.34}),
+        "the ridge (epsilon: 1) is 12.3 times the mean eigenvalue of the second moments: the result is close to an "
+        "average. Set epsilon: auto, or a smaller number.",
+    ),
+    (
+        "ridge",
+        evidence(facts={"ridge": math.inf}),
+        "the second moments are zero, so that epsilon (1) is all that the solve sees. "
+        "Set epsilon: auto, or a smaller number.",
+    ),
+    (
+        "average",
+        evidence(facts=EXPLAINED),
+        "the updates are of low rank and their second moments correlate by 0.012 only, as those of adapters with "
+        "independent random A matrices do: the result is merged without them. Measure them on a few prompts "
+        "(mergekit-ace moments), or set correlation_threshold: 0 to use the estimates.",
+    ),
+    ("average", evidence(facts=EXPLAINED | {"averaged": 0.6}), "do: the result is 60% merged without them. Measure"),
+    (
+        "refinement",
+        evidence(facts={"refinement_norm": 6.4}),
+        "spectral refinement adds 3.2 times the norm of the largest update. Set spectral_fraction: 0.",
+    ),
+    (
+        "refinement",
+        evidence(facts={"refinement_norm": 6.4}, gate=GATE),
+        ". Set spectral_fraction: 0, or raise heterogeneity_threshold.",
+    ),
+    (
+        "condition",
+        evidence(facts={"condition": 9e5}),
+        "the system has condition number 9.0e+05: a float32 solve keeps about one correct digit in its weakest "
+        "directions. Raise epsilon, or set epsilon: auto.",
+    ),
+    ("condition", evidence(facts={"condition": 9e5, "ridge_is_fixed": False}), "directions. Set dtype: float64."),
+    (
+        "condition",
+        evidence(facts={"condition": 1e15, "ridge_is_fixed": False}, dtype="float64"),
+        "a float64 solve keeps about one correct digit in its weakest directions. Set matrices: average for this "
+        "tensor, by a filter.",
+    ),
+    (
+        "dominant",
+        evidence(energies=(1.0, 9.0)),
+        "b has 90% of the updates' energy, and second moments are not divided by their traces: the result follows "
+        "that expert. Give that expert a smaller weight, or take wudi, which divides by the traces.",
+    ),
+    ("dominant", evidence(energies=(9.0, 1.0), gate=GATE), "weight, or lower heterogeneity_threshold."),
+    (
+        "gate",
+        evidence(gate=GATE, heterogeneity=0.25, facts={"decision": gated(0.3512, True)}),
+        "heterogeneity: published is 0.351, above the threshold 0.3, though the updates are of like norm (scale-free: "
+        "0.25): it divides by the mean of log ||D||^2, which is near 0 here. Set heterogeneity: scale_free.",
+    ),
+    (
+        "gate",
+        evidence(gate=GATE, heterogeneity=0.25, facts={"decision": gated(math.inf, True)}),
+        "heterogeneity: published is infinite, above the threshold 0.3",
+    ),
+    (
+        "short",
+        evidence(relative_to_mean=0.25),
+        "the merged update has 0.25 times the norm of the experts' plain average. Raise lambda.",
+    ),
+    (
+        "short",
+        evidence(relative_to_mean=0.25, settings={"mean_over": "all"}),
+        "average. Set mean_over: existing, or raise lambda.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("cause", "found", "words"), SENTENCES, ids=[f"{c}{i}" for i, (c, *_) in enumerate(SENTENCES)])
+def test_every_sentence_of_the_rulebook(cause: str, found: Evidence, words: str) -> None:
+    (rule,) = (rule for rule in RULES if rule.cause == cause)
+    assert rule.extent(found) is not None
+    sentence = f"{rule.what(found)}. {rule.remedy(found)}"
+    assert words in sentence
+    # Beginning or end of the sentence: a part from the middle would show neither.
+    assert sentence.startswith(words) or sentence.endswith(words) or not words.endswith(".")
+
+
+def test_how_far_a_rule_applies_orders_the_matrices() -> None:
+    """The report shows the matrix that a rule applies to most."""
+    extents = {
+        "change": (evidence(relative_change=0.3), 0.3),
+        "ridge": (evidence(facts={"ridge": 12.0}), 12.0),
+        "average": (evidence(facts={"averaged": 0.6}), 0.6),
+        "refinement": (evidence(energies=(1.0, 4.0), facts={"refinement_norm": 8.0}), 4.0),
+        "condition": (evidence(facts={"condition": 2.0**21}), 0.25),
+        "dominant": (evidence(energies=(9.0, 1.0)), 0.9),
+        "gate": (evidence(gate=GATE, heterogeneity=0.2, facts={"decision": gated(0.4, True)}), 0.4),
+        "short": (evidence(relative_to_mean=0.25), -0.25),
+    }
+    assert {rule.cause: rule.extent(extents[rule.cause][0]) for rule in RULES} == {
+        cause: pytest.approx(extent) for cause, (_, extent) in extents.items()
+    }
+    dominant = next(rule for rule in RULES if rule.cause == "dominant")
+    assert dominant.extent(evidence(energies=(9.0,))) is None
+    assert dominant.extent(evidence(energies=(9.0, 1.0), facts={"decision": None})) is None
+
+
 def test_a_dominant_expert_is_no_matter_of_one_matrix(caplog: pytest.LogCaptureFixture) -> None:
     """The report counts it; a log would name it for a single matrix of many."""
     assert logged(caplog, "actmat", ONE_SIDED) == []

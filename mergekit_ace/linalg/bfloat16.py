@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mergekit_ace.linalg.precision import squared_norm
+
 ROUNDING = 1.66e-3
 """`||bfloat16(X) - X||_F / ||X||_F` of normal numbers: `2^-7 / sqrt(12)` of the power of two below each."""
 # Instructions that multiply pairs of bfloat16 numbers into float32 sums.
@@ -39,11 +41,22 @@ def _multiplies(device: torch.device) -> bool:
     return bool((product(left, torch.ones_like(left)) > 1 + 2**-3).all())
 
 
+def product_within(left: Tensor, right: Tensor, error: float) -> tuple[Tensor | None, float]:
+    """`product(left, right)` and the estimate of its error, `||.||_F`; None and 0 where that is above `error`."""
+    norms = torch.linalg.vector_norm(left, dim=0) * torch.linalg.vector_norm(right, dim=1)
+    of_factors = 2 * float(norms.double().square().sum())
+    if ROUNDING * of_factors**0.5 > error:
+        return None, 0.0
+    found = product(left, right)
+    estimate = ROUNDING * (of_factors + squared_norm(found)) ** 0.5
+    return (found, estimate) if estimate <= error else (None, 0.0)
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
     """`left @ right` in bfloat16: both factors are rounded to it, and so is the sum, which is taken in float32.
 
-    With independent roundings `||error||_F^2` is about `ROUNDING^2 (2 ||left||^2 ||right||^2 / n + ||left @ right||^2)`
-    for an inner side of `n`.
+    With independent roundings `||error||_F^2` is about `ROUNDING^2 (2 sum_i ||l_i||^2 ||r_i||^2 + ||left @ right||^2)`,
+    with the columns `l_i` of `left` and the rows `r_i` of `right`.
 
     Args:
         left: `[m, n]`.

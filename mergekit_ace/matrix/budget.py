@@ -17,6 +17,9 @@ percent.
 
 # Half of the square of the error that is allowed is for the products, half for the refinement.
 PRODUCTS = REFINEMENT = math.sqrt(0.5)
+# What refinement makes of an error, on spectra of fine-tunes, is up to five times that error. It is estimated once the
+# spectrum is known; where it is more then, the merge is done once more in full precision, which must stay rare.
+FOLLOWING = 6.0
 
 
 def error_budget(task_vectors: TaskVectors, precision: Precision) -> float:

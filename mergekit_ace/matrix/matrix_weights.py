@@ -22,7 +22,7 @@ from mergekit_ace.linalg.cholesky import cholesky_factor, solve_right
 from mergekit_ace.linalg.conditioning import condition_number
 from mergekit_ace.linalg.precision import inner_products, squared_norm, squared_norms
 from mergekit_ace.linalg.symmetric import add_to_diagonal_, gram
-from mergekit_ace.matrix.budget import PRODUCTS, error_budget
+from mergekit_ace.matrix.budget import FOLLOWING, PRODUCTS, error_budget
 from mergekit_ace.matrix.decision import Decision
 from mergekit_ace.matrix.diagnostics import diagnostics_wanted
 from mergekit_ace.matrix.expert import difference
@@ -32,10 +32,6 @@ from mergekit_ace.matrix.refinement import Refinement
 from mergekit_ace.matrix.second_moment import RegularizedMoment, moment_correlation, regularize
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.matrix.workload import by_matrix_weights
-
-# What refinement makes of an error, on spectra of fine-tunes, is up to five times that error. It is estimated once the
-# spectrum is known; where it is more then, the merge is done once more in full precision, which must stay rare.
-_FOLLOWING = 6.0
 
 
 @dataclass(kw_only=True)
@@ -75,34 +71,23 @@ class _MatrixWeights:
             weights = solve_right(own, factor)
             del own
             apart = difference(tensor, tensors[reference], task_vectors.dtype)
-            rough, squared = self._in_bfloat16(apart, weights)
+            rough, estimate = None, 0.0
+            if self.error > 0:
+                rough, estimate = bfloat16.product_within(apart, weights, self.error / math.sqrt(len(tensors) - 1))
             if rough is None:
                 weight.addmm_(apart, weights)
             else:
                 weight.add_(rough)
-                error += squared
+                error = math.hypot(error, estimate)
             del apart, weights, rough
         return Solution(
             weight=weight,
             residual=None,
             condition=condition,
             products="bfloat16" if error > 0 else None,
-            error=math.sqrt(error),
+            error=error,
             response=self._response if self.keep_response else None,
         )
-
-    def _in_bfloat16(self, apart: Tensor, weights: Tensor) -> tuple[Tensor | None, float]:
-        """The product and its error's estimated square, where that is within this expert's part of what is allowed."""
-        if self.error == 0:
-            return None, 0.0
-        allowed = self.error**2 / (len(self.task_vectors) - 1)
-        of_apart, of_weights = squared_norms([apart, weights]).tolist()
-        of_factors = 2 * of_apart * of_weights / weights.shape[0]
-        if bfloat16.ROUNDING**2 * of_factors > allowed:
-            return None, 0.0
-        product = bfloat16.product(apart, weights)
-        squared = bfloat16.ROUNDING**2 * (of_factors + squared_norm(product))
-        return (product, squared) if squared <= allowed else (None, 0.0)
 
     def _response(self, merged: Tensor, refinement: Refinement | None) -> Tensor:
         """`<X, N>` with `N = W0 A`, as the solve has it: `tr(W0^T W0 A)`, and of what refinement adds `tr(R^T W0 A)`.
@@ -182,4 +167,4 @@ def allowed_error(task_vectors: TaskVectors, options: CovarianceOptions) -> floa
     allowed = PRODUCTS * error_budget(task_vectors, options.precision)
     *others, (largest, _) = sorted(zip(task_vectors.energies, task_vectors.shares, strict=True))
     squared: float = 3 * math.fsum(share * (energy + largest) for energy, share in others) / len(task_vectors)
-    return allowed if _FOLLOWING * bfloat16.ROUNDING * math.sqrt(squared) <= allowed else 0.0
+    return allowed if FOLLOWING * bfloat16.ROUNDING * math.sqrt(squared) <= allowed else 0.0

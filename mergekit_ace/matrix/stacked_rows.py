@@ -16,10 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mergekit_ace.linalg import bfloat16
 from mergekit_ace.linalg.cholesky import cholesky_factor, solve_right
 from mergekit_ace.linalg.conditioning import largest_eigenvalue
 from mergekit_ace.linalg.precision import inner_products, squared_norm, squared_norms
 from mergekit_ace.linalg.symmetric import add_to_diagonal_, gram
+from mergekit_ace.matrix.budget import FOLLOWING, PRODUCTS, error_budget
 from mergekit_ace.matrix.decision import Decision
 from mergekit_ace.matrix.diagnostics import diagnostics_wanted
 from mergekit_ace.matrix.normal_equations import (
@@ -55,6 +57,8 @@ class _StackedRows:
     prior_scale: float | None
     residual: Tensor | None
     column_basis: Tensor | None
+    error: float
+    """`||.||_F` that a product with factors in bfloat16 may be wrong by; 0: it is in the working dtype."""
     keep_numerator: bool
     by_coefficients: bool
     """What is refined is the preliminary merge, which has no prior, and the ridge is large for no expert."""
@@ -92,7 +96,10 @@ class _StackedRows:
         factor = cholesky_factor(add_to_diagonal_(self.inner, self.ridge), what=self.name)
         self.inner = None
         coefficients = solve_right(self.numerator, factor)
-        weight = coefficients @ self.rows
+        weight, error = None, 0.0
+        if self.error > 0:
+            weight, error = bfloat16.product_within(coefficients, self.rows, self.error)
+        weight = coefficients @ self.rows if weight is None else weight.to(self.rows.dtype)
         if self.prior_scale is not None:
             along = self.rows.sum(dim=1)[None] * (self.prior_scale / self.rows.shape[1])
             add_prior_(weight, (solve_right(along, factor) @ self.rows)[0])
@@ -102,6 +109,8 @@ class _StackedRows:
             # The q < n rows leave directions in which only the ridge acts, so it is the smallest eigenvalue.
             condition=largest_eigenvalue(factor) / self.ridge if diagnostics_wanted() else None,
             column_basis=self.column_basis,
+            products="bfloat16" if error > 0 else None,
+            error=error,
             response=self._response(coefficients) if self.keep_numerator else None,
         )
 
@@ -176,11 +185,20 @@ def assemble_stacked_rows(
         if options.structural_prior
         else None,
         column_basis=_column_basis(experts, task_vectors.shape),
+        error=_allowed_error(task_vectors, len(rows), options),
         keep_numerator=options.bounds.retention,
         by_coefficients=not (options.structural_prior or decision.refined_residual or large_ridge),
         moments=moments,
         correlation=correlation,
     )
+
+
+def _allowed_error(task_vectors: TaskVectors, height: int, options: CovarianceOptions) -> float:
+    """`||.||_F` that `J Y` may be wrong by, of `height` rows, before refinement; 0 where bfloat16 is no faster."""
+    device, (m, n) = task_vectors.base.device, task_vectors.shape
+    if options.precision == "full" or not bfloat16.is_faster(device, m, height, n):
+        return 0.0
+    return PRODUCTS * error_budget(task_vectors, options.precision) / FOLLOWING
 
 
 def _residual(

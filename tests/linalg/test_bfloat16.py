@@ -17,6 +17,20 @@ def test_the_error_is_as_documented() -> None:
     assert error == pytest.approx(bfloat16.ROUNDING**2 * (factors + float(exact.square().sum())), rel=0.1)
 
 
+def test_a_product_is_taken_when_its_estimate_is_within_what_is_allowed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(60, 300, generator=generator), torch.randn(300, 80, generator=generator)
+    # rows of very different size meet columns of the inverse size
+    sizes = 10 ** torch.linspace(-3, 3, 300)
+    left, right = left * sizes, right / sizes[:, None]
+    exact = left.double() @ right.double()
+    found, estimate = bfloat16.product_within(left, right, 1e9)
+    assert found is not None
+    assert float((found.double() - exact).norm()) == pytest.approx(estimate, rel=0.1)
+    assert bfloat16.product_within(left, right, 0.99 * estimate) == (None, 0.0)
+    assert bfloat16.product_within(left, right, 0.1 * estimate) == (None, 0.0)
+
+
 def test_they_are_chosen_by_what_the_processor_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     for known, expected in (({}, False), ({"avx512_f": True}, False), ({"avx512_bf16": True}, True)):
         bfloat16._multiplies.cache_clear()

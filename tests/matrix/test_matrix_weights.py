@@ -107,6 +107,18 @@ def test_products_in_bfloat16_keep_to_an_eighth_of_the_rounding(
     assert 1e-3 * rounding < error <= SHARE_OF_ROUNDING * rounding
 
 
+@pytest.mark.parametrize("spectrum", SPECTRA)
+def test_the_product_of_few_rows_keeps_to_it_too(spectrum: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_bfloat16(monkeypatch)
+    vectors = task_vectors((96, 320), 0.0003, spectrum, torch.bfloat16)
+    merged = merge_by_covariance(vectors, WITH_MOMENTS)
+    assert merged.products == "bfloat16"
+    error, rounding = error_and_rounding(vectors, merged.task_vector, WITH_MOMENTS)
+    assert 1e-3 * rounding < error <= SHARE_OF_ROUNDING * rounding
+    large = merge_by_covariance(task_vectors((96, 320), 0.01, spectrum, torch.bfloat16), WITH_MOMENTS)
+    assert large.products is None
+
+
 def test_updates_that_are_large_beside_the_rounding_are_multiplied_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     in_bfloat16(monkeypatch)
     for dtype, size in ((torch.bfloat16, 0.1), (torch.float16, 0.01), (torch.float32, 0.001)):
@@ -118,7 +130,7 @@ def test_updates_that_are_large_beside_the_rounding_are_multiplied_in_float32(mo
 
 def test_what_refinement_makes_of_the_rounding_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     in_bfloat16(monkeypatch)
-    monkeypatch.setattr(matrix_weights, "_FOLLOWING", 1.0)
+    monkeypatch.setattr(matrix_weights, "FOLLOWING", 1.0)
     vectors = task_vectors((160, 160), 0.01, "steep", torch.bfloat16)
     assert merge_by_covariance(vectors, replace(WITH_MOMENTS, refinement=None)).products == "bfloat16"
     merged = merge_by_covariance(vectors, WITH_MOMENTS)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 _SEED = 0
-# As many as a sketch takes at the most: all uses of one number of rows share one draw.
+# As many as a sketch takes at the most, so that all uses of one number of rows share one draw.
 _COLUMNS = 136
 
 
@@ -19,7 +19,7 @@ def normal_numbers(rows: int, columns: int, *, like: Tensor) -> Tensor:
     mergekit's multi-GPU worker runs within `with torch.device(...)`: a factory call without a device would make its
     tensor there, and a generator of the CPU cannot fill it.
     """
-    return _drawn(rows, max(columns, _COLUMNS), like.dtype, like.device)[:, :columns]
+    return _drawn(rows, max(columns, min(rows, _COLUMNS)), like.dtype, like.device)[:, :columns]
 
 
 # The matrices of a model have few shapes: drawing and moving these numbers for each costs more than the products.

@@ -22,7 +22,7 @@ from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.merge import MergeFacts
 from mergekit_ace.matrix.options import Gate
 from mergekit_ace.matrix.task_vectors import TaskVectors
-from mergekit_ace.methods.advice import RULES, Evidence
+from mergekit_ace.methods.advice import RULES, Evidence, table_merged_as_matrix
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from tests.checkpoints import Suite, Update, make_suite
 from tests.commands import mergekit_yaml
@@ -354,6 +354,14 @@ def test_every_sentence_of_the_rulebook(cause: str, found: Evidence, words: str)
     assert words in sentence
     # Beginning or end of the sentence: a part from the middle would show neither.
     assert sentence.startswith(words) or sentence.endswith(words) or not words.endswith(".")
+
+
+def test_the_sentence_of_tables() -> None:
+    assert table_merged_as_matrix("wudi") == (
+        "embeddings: wudi merges an embedding table or output head as if it were a linear map on shared inputs; the "
+        "authors leave such tables out",
+        "Leave embeddings at average, or set it to base.",
+    )
 
 
 def test_how_far_a_rule_applies_orders_the_matrices() -> None:

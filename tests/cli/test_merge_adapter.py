@@ -65,9 +65,19 @@ def test_the_adapter_adds_what_a_full_merge_adds(
     assert (tmp_path / "adapter" / "mergekit_config.yml").read_text() == text
 
 
-def test_the_base_is_not_read(suite: Suite, adapters: list[Path], tmp_path: Path, invoke: Invoke) -> None:
+@pytest.mark.parametrize(("preset", "asks"), [("0.1", False), ("default", True)])
+def test_no_base_is_needed(
+    preset: str,
+    asks: bool,
+    suite: Suite,
+    adapters: list[Path],
+    tmp_path: Path,
+    invoke: Invoke,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """How large updates are for their base is all that is asked of it, and not by every preset."""
     file = tmp_path / "recipe.yml"
-    file.write_text(recipe_of(suite, adapters))
+    file.write_text(recipe_of(suite, adapters, parameters={"preset": preset}))
     assert invoke("merge", file, tmp_path / "with", "--adapter", "--rank", "4").exit_code == 0
     file.write_text(file.read_text().replace(str(suite.base.path), "somebody/else-has-it"))
     for folder in adapters:
@@ -77,7 +87,9 @@ def test_the_base_is_not_read(suite: Suite, adapters: list[Path], tmp_path: Path
     result = invoke("merge", file, tmp_path / "without", "--adapter", "--rank", "4")
     assert result.exit_code == 0, result.output
     name = "adapter_model.safetensors"
-    assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+    same = (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+    assert same is not asks
+    assert ("updates count as small" in caplog.text) is asks
     assert "rank 4, which hold" in result.output
     card = (tmp_path / "without" / "README.md").read_text()
     assert "base_model: somebody/else-has-it" in card

@@ -21,6 +21,7 @@ REASONS = {
     "makes environments": "`make test` runs this test; tests/demo runs the demo",
     "changes the shell": "a line for a shell's start file",
     "a benchmark": "hours of training or merging; tests/benchmarks runs the programs on tiny suites",
+    "minutes of generating texts": "tests/moments runs the command with fewer texts",
     "needs a GPU": "no test machine has one; tests/device runs the paths on a pretended one",
     "needs several machines": "tests/engine runs workers and parts as processes",
     "needs models of the hub": "nothing is fetched in tests",

@@ -1,5 +1,6 @@
 """Configuration, tokenizer and card: mergekit's, without a network, and no model that looks whole without them."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -85,7 +86,14 @@ def test_a_model_without_a_tokenizer_is_merged_with_a_warning(
 def test_a_tensor_that_is_missing_repeated_unknown_or_different_is_found(tmp_path: Path) -> None:
     tensors = {name: torch.zeros(2, 3) for name in ("a", "b", "c")}
     planned = [described(name, tensor) for name, tensor in tensors.items()]
-    one, two = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    one, new = tmp_path / "1.safetensors", itertools.count(2)
+
+    def written(content: dict[str, torch.Tensor]) -> Path:
+        # A file of its own: headers are known by size and time, and a clock may not tell two files of one size apart.
+        file = tmp_path / f"{next(new)}.safetensors"
+        save_file(content, file)
+        return file
+
     save_file({"a": tensors["a"]}, one)
     for content, message in (
         ({"b": tensors["b"]}, "got missing c"),
@@ -93,13 +101,11 @@ def test_a_tensor_that_is_missing_repeated_unknown_or_different_is_found(tmp_pat
         ({"b": tensors["b"], "c": tensors["c"], "d": tensors["a"]}, "planned tensors only; got unknown d"),
         ({"b": tensors["b"], "c": tensors["c"].half()}, "planned shape and dtype; got different c"),
     ):
-        save_file(content, two)
+        two = written(content)
         with pytest.raises(ValueError, match=message):
             require_each_once(planned, [one, two])
-    save_file({"b": tensors["b"], "c": tensors["c"]}, two)
-    require_each_once(planned, [one, two])
-    save_file({"b": tensors["b"]}, two)
-    require_each_once(planned, [one, two], absent=["c"])
+    require_each_once(planned, [one, written({"b": tensors["b"], "c": tensors["c"]})])
+    require_each_once(planned, [one, written({"b": tensors["b"]})], absent=["c"])
 
 
 def test_the_record_has_the_digest_of_every_other_file(tmp_path: Path, recipe: Path, invoke: Invoke) -> None:

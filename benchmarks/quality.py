@@ -64,7 +64,7 @@ def measured(suite: BuiltSuite, settings: list[Setting], found: Results) -> None
                     setting, suite.root / "base", experts, folder, command=suite.command, moments=moments
                 )
             # a method that fails on one suite must not cost the rest of the table; its error is kept
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, click.ClickException) as error:
                 found.failures[setting.label] = f"{type(error).__name__}: {error}"
                 click.echo(f"  {setting.label}: failed, {error}", err=True)
         _, models = suite.score(list(seconds)) if seconds else ({}, {})

@@ -18,10 +18,8 @@ from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.recipe.arithmetic import Arithmetic
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.plan import Plan
-from mergekit_ace.recipe.tensor_cost import TensorCost, tensor_cost
+from mergekit_ace.recipe.tensor_cost import PYTHON, TensorCost, tensor_cost
 
-_PYTHON = 700_000_000
-"""Resident size of a process that has imported torch, transformers and mergekit, in bytes."""
 # Sizes of the matrices that are multiplied and decomposed to measure the machine: the first that takes long enough for
 # the start of the work not to count, some 10 us of a product and ms of a decomposition on an accelerator.
 _PROBES = (512, 1024, 2048, 4096, 8192)
@@ -62,7 +60,7 @@ def estimate(plan: Plan) -> Cost:
     return Cost(
         read=sum(cost.read for cost in costs),
         written=written,
-        memory=workspace + shard + _PYTHON,
+        memory=workspace + shard + PYTHON,
         workspace=workspace,
         seconds=seconds,
         available=available_memory(),

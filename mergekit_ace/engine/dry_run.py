@@ -9,10 +9,7 @@ from mergekit_ace.engine.part import Part
 from mergekit_ace.engine.plan import plan_merge
 from mergekit_ace.engine.shards import Shard, of_part
 from mergekit_ace.recipe.plan import planned
-from mergekit_ace.recipe.tensor_cost import tensor_cost
-
-_PYTHON = 700_000_000
-"""Resident size of a process that has imported torch, transformers and mergekit, in bytes."""
+from mergekit_ace.recipe.tensor_cost import PYTHON, tensor_cost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +41,7 @@ def dry_run(request: Request) -> DryRun:
     ahead = max((cost.inputs for cost in costs), default=0)
     tensors_written = (cost.written for cost in costs)
     held = tensors_written if request.options.safe_serialization else (shard.nbytes for shard in shards)
-    one = largest + max(held, default=0) + _PYTHON
+    one = largest + max(held, default=0) + PYTHON
     return DryRun(
         shards=shards,
         read=sum(cost.read for cost in costs),

@@ -73,10 +73,10 @@ class ReadingAhead:
     def _fits(self, place: int) -> bool:
         if self._memory is None:
             return True
-        pair = self._tensors[place - 1 : place + 1]
-        present, ahead = (tensor_cost(self._plan, tensor, tensor.output) for tensor in pair)
-        # Two outputs: this tensor's, and the one before it while it is written.
-        fits = present.inputs + present.workspace + 2 * present.written + ahead.inputs <= self._memory
+        near = self._tensors[max(0, place - 2) : place + 1]
+        *before, present, ahead = (tensor_cost(self._plan, tensor, tensor.output) for tensor in near)
+        being_written = sum(cost.written for cost in before)
+        fits = present.inputs + present.workspace + being_written + ahead.inputs <= self._memory
         if not fits:
             LOG.warning(
                 "%s and the tensor after it do not fit into a worker's memory (--memory): one is read at a time",

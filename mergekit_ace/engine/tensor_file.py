@@ -58,8 +58,13 @@ class TensorFile:
         """Of the file, once it is there; empty where no tensor was written, and no file is."""
 
     def __enter__(self) -> TensorFile:
+        beginning = header(self._planned)
         self._stream: BinaryIO = self._partial.open("wb")
-        self._append(header(self._planned))
+        try:
+            self._append(beginning)
+        except BaseException:
+            self._discard()
+            raise
         return self
 
     def write(self, tensor: OutputTensor, values: Tensor) -> None:
@@ -78,17 +83,21 @@ class TensorFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         started = time.perf_counter()
         try:
+            self._thread.shutdown(wait=True)
             if error is None:
                 self._settle()
-        finally:
-            self._thread.shutdown(wait=True)
-            try:
-                if error is None and self._written:
+                if self._written:
                     self._finish()
-            finally:
-                self._stream.close()
-                self._partial.unlink(missing_ok=True)
+        finally:
+            self._discard()
         self.waited += time.perf_counter() - started
+
+    def _discard(self) -> None:
+        """Close the file and remove it, unless it has its name by now."""
+        try:
+            self._stream.close()  # which writes what is buffered, and fails where the disk is full
+        finally:
+            self._partial.unlink(missing_ok=True)
 
     def _finish(self) -> None:
         complete = len(self._written) == len(self._planned)

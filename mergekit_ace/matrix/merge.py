@@ -139,7 +139,7 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         )
     if len(task_vectors) == 0:
         return MatrixMerge(task_vector=task_vectors.zeros(*task_vectors.buffer_shape))
-    became = tuple(range(len(task_vectors)))
+    given, became = task_vectors, tuple(range(len(task_vectors)))
     if options.combine_copies:
         task_vectors, became = task_vectors.without_copies()
     if len(task_vectors) == 1:
@@ -177,7 +177,7 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
             if follows > PRODUCTS * budget:
                 # Steep spectra: the products are exact enough, and what refinement makes of their rounding is not.
                 del solution, merged
-                return merge_by_covariance(task_vectors, replace(options, precision="full"))
+                return merge_by_covariance(given, replace(options, precision="full"))
         merged.add_(refinement.update)
     kept, numbers = None, squared_norms([merged])
     if solution.response is not None:

@@ -15,6 +15,9 @@ from mergekit_ace.moments.index import MomentsError
 from mergekit_ace.recipe.arithmetic import Arithmetic, arithmetic_of
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
 
+PYTHON = 700_000_000
+"""Resident size of a process that has imported torch, transformers and mergekit, in bytes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorCost:

@@ -90,6 +90,25 @@ def test_a_full_disk_stops_the_merge_at_the_next_tensor(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_last_tensor_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    one = described("a", torch.ones(2))
+    with pytest.raises(OSError, match="No space left"), TensorFile(file, [one]) as writing:
+        writing._stream.close()
+        writing._stream = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+        writing.write(one, torch.ones(2))
+    assert os.listdir(tmp_path) == []
+    assert writing.sha256 == ""
+
+
+def test_a_dtype_that_cannot_be_stored_leaves_no_file(tmp_path: Path) -> None:
+    one = described("a", torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="one that safetensors stores"), TensorFile(tmp_path / "m.safetensors", [one]):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("kind", [TensorFile, Pickle])
 def test_no_file_holds_nothing(kind: type[TensorFile | Pickle], tmp_path: Path) -> None:
     with kind(tmp_path / "model", [described("a", torch.ones(2))]) as writing:

@@ -139,6 +139,20 @@ def test_what_refinement_makes_of_the_rounding_counts(monkeypatch: pytest.Monkey
     assert error <= SHARE_OF_ROUNDING * rounding
 
 
+def test_a_copy_keeps_its_moment_where_a_matrix_is_merged_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_bfloat16(monkeypatch)
+    monkeypatch.setattr(matrix_weights, "FOLLOWING", 1.0)
+    vectors = task_vectors((160, 160), 0.01, "steep", torch.bfloat16)
+    first = vectors.experts[0]
+    copied = TaskVectors(vectors.base, [*vectors.experts, Expert(name="a copy", tensor=first.tensor)])
+    # Else it would not be merged twice.
+    assert merge_by_covariance(copied, replace(WITH_MOMENTS, refinement=None)).products == "bfloat16"
+    merged = merge_by_covariance(copied, WITH_MOMENTS)
+    assert merged.products is None
+    assert len(merged.moments) == len(copied)
+    assert merged.moments[-1] is merged.moments[0]
+
+
 def test_equal_experts_are_exact_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     in_bfloat16(monkeypatch)
     vectors = task_vectors((160, 160), 0.001, "of a fine-tune", torch.bfloat16, count=1)

@@ -103,7 +103,8 @@ class Ace(LayerwiseMethod):
             Literal["auto", "full"] | Preset,
             default="preset",
             requirement="'auto' or 'full'",
-            description="'auto': weights stored in 16 bits are merged to an eighth of their rounding error",
+            description="'auto': weights stored in 16 bits are merged to an eighth of their rounding error, 'full' for "
+            "a lambda above 1",
         ),
     )
 
@@ -129,7 +130,8 @@ class Ace(LayerwiseMethod):
                 length=_LENGTH_BOUNDS.get(parameters["length_bound"], preset.bounds.length),
             ),
             correlation_threshold=given("correlation_threshold", preset.correlation_threshold),
-            precision=given("precision", preset.precision),
+            # A scale above 1 multiplies the error too, which the budget does not know.
+            precision="full" if abs(self.scale(parameters)) > 1 else given("precision", preset.precision),
         )
 
     def settings(self, parameters: Mapping[str, Any]) -> Mapping[str, Any]:

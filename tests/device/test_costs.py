@@ -16,8 +16,7 @@ pytestmark = pytest.mark.skipif(not AVAILABLE, reason="this torch cannot be give
 
 # Each wait empties the queue of a device, whatever the size of the matrix: small matrices are nothing but waits.
 MOST_WAITS = 15
-# Of each of three experts the rank is probed, found and verified, with a decomposition twice.
-WITH_LOW_RANK = 22
+WITH_LOW_RANK = 19
 # Adapters whose second moments do not correlate: a decomposition for each of three experts and for the two polar
 # factors, each of which is waited for twice (the decomposition, the numerical rank), and the norm of the result.
 TASK_SINGULAR_VECTORS = 2 * (3 + 2) + 1

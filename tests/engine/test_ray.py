@@ -143,7 +143,7 @@ def test_a_driver_that_is_stopped_is_gone_on_with(
 def test_three_nodes_give_the_bytes_of_one_process_also_if_one_is_lost_in_mid_merge(
     nodes: Any, recipe_file: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """The last test: the cluster has a node less afterwards."""
+    """The cluster has a node less afterwards."""
     three, others = nodes
     lost: list[str] = []
 
@@ -157,6 +157,41 @@ def test_three_nodes_give_the_bytes_of_one_process_also_if_one_is_lost_in_mid_me
 
     merge(request(recipe_file, tmp_path / "out"), Staff(workers="auto", ray="auto"), lose)
     assert lost
+    assert files(tmp_path / "out") == expected
+
+
+def test_the_last_shard_of_a_lost_node_goes_to_an_idle_actor(
+    nodes: Any, recipe_file: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other actor finds a place on what is left. The last test that needs the third node."""
+    three, others = nodes
+    doomed, waits, finished = others[1].node_id, tmp_path / "waits", tmp_path / "finished"
+
+    class Last(cluster.Actor):
+        def make(self, file: str) -> str:
+            if ray.get_runtime_context().get_node_id() == doomed:
+                waits.touch()
+                while not finished.exists():
+                    time.sleep(0.05)
+                os.kill(os.getppid(), signal.SIGKILL)  # the node's own process, and all that it started
+                time.sleep(60.0)
+            while not waits.exists():
+                time.sleep(0.05)
+            return super().make(file)
+
+    made: list[str] = []
+
+    def follow(event: Event) -> None:
+        if isinstance(event, ShardMade):
+            made.append(event.receipt.file)
+            if len(made) == len(expected_shards) - 1:
+                finished.touch()
+
+    expected_shards = [name for name in expected if name.endswith(".safetensors")]
+    monkeypatch.setattr(cluster, "Actor", Last)
+    monkeypatch.setattr(cluster, "_PATIENCE_SECONDS", 90.0)
+    merge(request(recipe_file, tmp_path / "out"), Staff(workers="auto", ray="auto"), follow)
+    assert len(made) == len(expected_shards)
     assert files(tmp_path / "out") == expected
 
 

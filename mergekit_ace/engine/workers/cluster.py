@@ -137,6 +137,7 @@ class RayWorkers:
     elsewhere: bool = True
     _actors: list[Any] = field(default_factory=list)
     _running: dict[Any, tuple[Any, Shard | None]] = field(default_factory=dict)
+    _idle: list[Any] = field(default_factory=list)
 
     @property
     def description(self) -> str:
@@ -168,22 +169,30 @@ class RayWorkers:
                         attempts[shard.file] += 1
                         waiting.insert(0, shard)
                     self._require_hope(shard, attempts, error)
-                    self._hire()
+                    # What is left of the cluster may have no place for another actor: an idle one goes first.
+                    if not self._idle:
+                        self._hire()
+                    self._hand_out(waiting)
                     continue
                 except ray.exceptions.RayTaskError as error:
                     raise WorkerError(message_of(error.cause)) from error
+                self._idle.append(actor)
+                self._hand_out(waiting)
                 if shard is not None:
                     done += 1
                     yield self._receipt(answer)
-                if waiting:
-                    following = waiting.pop(0)
-                    self._running[actor.make.remote(following.file)] = (actor, following)
 
     def dismiss(self) -> None:
         """End all actors."""
         ray = _ray()
         for actor in self._actors:
             ray.kill(actor)
+
+    def _hand_out(self, waiting: list[Shard]) -> None:
+        """Give the shards that wait to the actors that have none."""
+        while waiting and self._idle:
+            actor, shard = self._idle.pop(), waiting.pop(0)
+            self._running[actor.make.remote(shard.file)] = (actor, shard)
 
     def _receipt(self, answer: str) -> Receipt:
         receipt = Receipt.model_validate_json(answer)

@@ -19,7 +19,7 @@ from mergekit_ace.engine.events import Noted, Planned, ShardMade, Warned, Watche
 from mergekit_ace.engine.files import write_files, write_index
 from mergekit_ace.engine.part import Part
 from mergekit_ace.engine.plan import MergePlan, plan_merge, treatments
-from mergekit_ace.engine.receipt import Notice, Receipt, read_receipts, write_receipt
+from mergekit_ace.engine.receipt import Notice, Receipt, read_receipts, remove_unfinished, write_receipt
 from mergekit_ace.engine.record import write_record
 from mergekit_ace.engine.shard_maker import noticed
 from mergekit_ace.engine.shards import Shard, arranged, by_cost, of_part
@@ -136,6 +136,7 @@ def merge(request: Request, employ: Employ, watch: Watcher = lambda event: None)
         made = stack.enter_context(contextlib.closing(_make(site, employ, by_cost(todo), list(taken.values()))))
         now = list(made)
         receipts = [*taken.values(), *now]
+        remove_unfinished(folder)
         _finish(request, work, receipts, stage.folder)
         counts = dict(treatments(plan))
     return Outcome(

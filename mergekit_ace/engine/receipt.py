@@ -105,3 +105,9 @@ def write_whole(file: Path, content: bytes) -> None:
 def temporary_name(file: Path) -> Path:
     """A name beside a file that no other process uses; it begins with a dot and ends in `.part`."""
     return file.with_name(f".{file.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what workers that were killed have left under temporary names."""
+    for file in folder.glob(".*.part"):
+        file.unlink(missing_ok=True)

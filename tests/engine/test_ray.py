@@ -164,7 +164,7 @@ def test_the_last_shard_of_a_lost_node_goes_to_an_idle_actor(
     nodes: Any, recipe_file: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No other actor finds a place on what is left. The last test that needs the third node."""
-    three, others = nodes
+    _, others = nodes
     doomed, waits, finished = others[1].node_id, tmp_path / "waits", tmp_path / "finished"
 
     class Last(cluster.Actor):

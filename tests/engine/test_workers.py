@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -188,6 +189,30 @@ def test_a_dry_run_says_the_plan_and_makes_nothing(folder: Path, tmp_path: Path,
     assert "model-0000" in result.output
     assert "where --memory keeps it from reading ahead (estimates)" in result.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [(), ("--part", "1/1")])
+def test_what_a_killed_worker_has_left_is_not_published(
+    flags: tuple[str, ...], folder: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker of a lost node ends in the middle of a file; another one makes the file again."""
+    from mergekit_ace.engine.receipt import temporary_name
+    from mergekit_ace.engine.shard_maker import ShardMaker
+
+    assert invoke("merge", folder / "full.yml", tmp_path / "whole", *OPTIONS, *flags).exit_code == 0
+    make = ShardMaker.make
+
+    def after_a_lost_worker(maker: ShardMaker, shard: Any) -> Any:
+        temporary_name(maker._folder / shard.file).write_bytes(b"the first half")
+        return make(maker, shard)
+
+    monkeypatch.setattr(ShardMaker, "make", after_a_lost_worker)
+    assert invoke("merge", folder / "full.yml", tmp_path / "again", *OPTIONS, *flags).exit_code == 0
+    names = [
+        sorted(str(file.relative_to(tmp_path / out)) for file in (tmp_path / out).rglob("*"))
+        for out in ("whole", "again")
+    ]
+    assert names[0] == names[1]
 
 
 def test_a_summary_ends_the_merge(folder: Path, tmp_path: Path, invoke: Invoke) -> None:

@@ -82,6 +82,18 @@ class MergePlan(BaseModel, frozen=True, extra="forbid"):
 def plan_merge(
     plan: Plan, options: MergeOptions, *, shard_size: int | None = None, patterns: Sequence[str] = ()
 ) -> MergePlan:
+    """What `plan_shards` plans, with the fingerprints of the files that it is made of.
+
+    Raises:
+        ValueError, RecipeError, OSError: as `plan_shards`.
+    """
+    merge, shards = plan_shards(plan, options, shard_size=shard_size, patterns=patterns)
+    return MergePlan(merge=merge, shards=shards, inputs=read_inputs(plan))
+
+
+def plan_shards(
+    plan: Plan, options: MergeOptions, *, shard_size: int | None = None, patterns: Sequence[str] = ()
+) -> tuple[Merge, tuple[Shard, ...]]:
     """Group the output's tensors into files, in the order in which mergekit writes them.
 
     Args:
@@ -120,7 +132,7 @@ def plan_merge(
             inputs = [by_name[output.name] for output in tensors]
             costs = tuple(seconds(tensor_cost(plan, tensor, tensor.output)) for tensor in inputs)
             shards.append(Shard(file=name, tensors=tensors, costs=costs, reads=tuple(sorted(files))))
-    return MergePlan(merge=merge, shards=tuple(shards), inputs=read_inputs(plan))
+    return merge, tuple(shards)
 
 
 def read_inputs(plan: Plan) -> dict[str, Fingerprint]:

@@ -15,10 +15,13 @@ from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from mergekit.common import ModelPath
 from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
 
 from mergekit_ace.checkpoints.hub import HubModel, hub_json, hub_model
 from mergekit_ace.checks.files import check_files
 from mergekit_ace.checks.quantized import quantized
+from mergekit_ace.engine.dry_run import dry_run
+from mergekit_ace.engine.merging import Request
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.reading import Recipe
 from tests.checkpoints import Family, Suite, Update, make_suite
@@ -49,14 +52,26 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check(hub: Hub, folder: Path, *experts: str, **entries: Any) -> str:
+    return run(hub, folder, ["check"], *experts, **entries).stdout
+
+
+def run(hub: Hub, folder: Path, words: list[str], *experts: str, **entries: Any) -> subprocess.CompletedProcess[str]:
     document = {"merge_method": "ace", "base_model": "owner/base", "models": [{"model": model} for model in experts]}
     recipe = write(document | entries, folder / "recipe.yml")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "mergekit_ace", "check", str(recipe)]
+    command = [sys.executable, "-m", "mergekit_ace", words[0], str(recipe), *words[1:]]
     result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     assert "Traceback" not in result.stderr
-    return result.stdout
+    return result
+
+
+def test_a_dry_run_downloads_no_weights(models: Path, tmp_path: Path) -> None:
+    with served(models) as hub:
+        result = run(hub, tmp_path, ["merge", "out", "--dry-run"], "owner/expert0", "owner/expert1")
+    assert result.returncode == 0
+    assert "model.safetensors" in result.stdout
+    assert set(hub.weights.values()) == {HEADER}
 
 
 def test_a_sound_recipe_is_planned_from_headers(models: Path, tmp_path: Path) -> None:
@@ -110,6 +125,15 @@ def test_states_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     (hint,) = findings()
     assert hint.level == "hint"
     assert "cannot be asked (no route to host): it was not checked" in hint.what
+
+
+def test_a_dry_run_of_pickles_names_the_model_and_the_way_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked(monkeypatch, NotASafetensorsRepoError("not a safetensors repo"))
+    document = {"merge_method": "ace", "base_model": str(SOURCE), "models": [{"model": "owner/expert"}]}
+    config = MergeConfiguration.model_validate(document)
+    recipe = Recipe(name="recipe.yml", text="", document=document, config=config)
+    with pytest.raises(ValueError, match=r"owner/.* has no safetensors files on .*hf download owner/"):
+        dry_run(Request(recipe=recipe, options=MergeOptions(), out=Path("out")))
 
 
 def test_a_quantized_model_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import click
 
 from benchmarks.experiment import merging
 from benchmarks.experiment.plots import draw_bars, draw_epsilon
+from benchmarks.experiment.prompting import prompt_files, takes_its_prompts
 from benchmarks.experiment.results import Results, Row, environment, today
 from benchmarks.experiment.scoring import BuiltSuite, relative_mean, standard_error
 from benchmarks.experiment.settings import Setting, selected
@@ -43,7 +44,7 @@ def measure(suite: BuiltSuite, settings: list[Setting], results: Path, fresh: tu
 
 
 def known(setting: Setting, suite: BuiltSuite) -> bool:
-    if (setting.prompts or setting.self_prompts) and not suite.has_prompts:
+    if not takes_its_prompts(setting, suite):
         return False
     if merging.registered(setting.method):
         return True
@@ -94,10 +95,7 @@ def measured_moments(setting: Setting, suite: BuiltSuite, folder: Path) -> Path 
     if not (setting.prompts or setting.self_prompts):
         return None
     moments = folder.with_name(f"{folder.name}-moments")
-    # For the tokenizer, where the experts generate texts.
-    files = list(suite.write_prompts(folder.with_name(f"{folder.name}-prompts"), max(1, setting.prompts)).values())
-    if setting.of_another_task:
-        files = [*files[1:], files[0]]
+    files = prompt_files(setting, suite, folder.with_name(f"{folder.name}-prompts"))
     experts = [suite.root / task for task in suite.tasks]
     merging.measure_moments(setting, suite.root / "base", experts, files, moments)
     return moments

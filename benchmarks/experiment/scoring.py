@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from benchmarks.suites.catalogue import SUITES
-from benchmarks.suites.recipe import KINDS_WITH_PROMPTS
+from benchmarks.suites.recipe import KINDS_THAT_GENERATE, KINDS_WITH_ANSWERS, KINDS_WITH_PROMPTS
 
 MODEL_LINE = re.compile(r"^(?P<folder>.+): relative mean (?P<mean>-?[\d.]+|nan) (?P<accuracies>\{.*\})$")
 COMMANDS = ("mergekit-yaml", "mergekit-pytorch")
@@ -81,9 +81,22 @@ class BuiltSuite:
     @property
     def has_prompts(self) -> bool:
         """Whether its program writes prompts of each task."""
+        return self._is("prompts", KINDS_WITH_PROMPTS)
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether these prompts have answers."""
+        return self._is("answers", KINDS_WITH_ANSWERS)
+
+    @property
+    def generates(self) -> bool:
+        """Whether its experts generate text."""
+        return self._is("generates", KINDS_THAT_GENERATE)
+
+    def _is(self, fact: str, kinds: tuple[str, ...]) -> bool:
         if self.name in SUITES:
-            return SUITES[self.name].kind in KINDS_WITH_PROMPTS
-        return bool(self.facts.get("prompts", False))
+            return SUITES[self.name].kind in kinds
+        return bool(self.facts.get(fact, False))
 
     def write_prompts(self, folder: Path, count: int) -> dict[str, Path]:
         """So many training prompts of each task, and a tokenizer into the base's folder."""

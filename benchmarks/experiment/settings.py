@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MappingProxyType
+from typing import Literal
 
 Value = float | str | bool
+PromptSource = Literal["own task", "another task", "general text"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +24,10 @@ class Setting:
     """Training rows of each task by which second moments are measured: no data-free setting."""
     self_prompts: int = 0
     """Texts that each expert generates, by which second moments are measured; data-free."""
-    of_another_task: bool = False
-    """Each expert is given the next one's prompts, as a control."""
+    prompts_of: PromptSource = "own task"
+    """`another task`: each expert is given the next one's prompts; that and `general text` are controls."""
+    answers: bool = True
+    """Whether the prompts come with their answers."""
 
     @property
     def epsilon(self) -> float | None:
@@ -40,8 +44,15 @@ def of_mergekit(
     )
 
 
-def with_prompts(label: str, count: int, *, of_another_task: bool = False) -> Setting:
-    return Setting(label=label, group="with prompts", method="ace", prompts=count, of_another_task=of_another_task)
+def with_prompts(label: str, count: int, *, of: PromptSource = "own task", answers: bool = True) -> Setting:
+    return Setting(
+        label=f"ace, {label} (not data-free)",
+        group="with prompts",
+        method="ace",
+        prompts=count,
+        prompts_of=of,
+        answers=answers,
+    )
 
 
 def contender(label: str, method: str, **parameters: Value) -> Setting:
@@ -87,9 +98,11 @@ SETTINGS: tuple[Setting, ...] = (
         for method in ("actmat", "wudi", "tsv_m", "iso_c", "iso_cts", "cart")
     ),
     Setting(label="ace, 32 self-prompts", group="ace", method="ace", self_prompts=32),
-    with_prompts("ace, 8 prompts (not data-free)", 8),
-    with_prompts("ace, 32 prompts (not data-free)", 32),
-    with_prompts("ace, 8 prompts of another task (not data-free)", 8, of_another_task=True),
+    with_prompts("8 prompts", 8),
+    with_prompts("8 prompts without answers", 8, answers=False),
+    with_prompts("32 prompts", 32),
+    with_prompts("8 prompts of another task", 8, of="another task"),
+    with_prompts("8 general texts", 8, of="general text"),
     Setting(label="wudi flow", group="family", method="wudi", parameters={"solver": "flow"}),
     Setting(
         label="wudi flow average", group="family", method="wudi", parameters={"solver": "flow", "start": "average"}

@@ -24,6 +24,7 @@ from .training import fit, merged, trainable_copy
 BATCH = 32
 TOKENS = 40
 HEAD_STEPS = 100
+PROMPTS_SEED = 6
 
 
 class Encoder:
@@ -60,6 +61,14 @@ class Encoder:
         )
         save_file(head.state_dict(), root / HEADS / f"{expert.task}.safetensors")
         return merged(model)
+
+    def prompts(self, task: str, count: int) -> list[dict[str, str]]:
+        """Training texts in a fixed shuffled order, without their classes."""
+        train = rows(task, "train")
+        return [{"text": text} for text, _ in random.Random(PROMPTS_SEED).sample(train, len(train))[:count]]
+
+    def save_tokenizer(self, folder: Path) -> None:
+        tokenizer().save_pretrained(folder)
 
     @torch.no_grad()
     def accuracies(self, tasks: Sequence[str], root: Path, folder: Path) -> dict[str, float]:

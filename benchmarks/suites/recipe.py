@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 # the folder of a built suite for what stays outside the merge
 HEADS = "heads"
-KINDS_WITH_PROMPTS = ("chat", "decoder")
+KINDS_WITH_PROMPTS = ("chat", "decoder", "encoder")
+KINDS_WITH_ANSWERS = ("chat",)
+KINDS_THAT_GENERATE = ("chat", "decoder")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from mergekit_ace.adapters.request import Request, model_name
 from mergekit_ace.adapters.truncation import Rank
 from mergekit_ace.checks.duplicates import check_duplicates
 from mergekit_ace.checks.spelling import check_keys, check_parameters
+from mergekit_ace.checks.unmeasured import suggest_moments
 from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.recipe.failures import READING, RecipeError, message_of
 from mergekit_ace.recipe.findings import Finding, by_severity
@@ -91,6 +92,7 @@ def examine_adapters(file: Path, options: MergeOptions | None = None, *, rank: R
     try:
         request = request_of(recipe.config, options or MergeOptions(), rank=rank)
         findings += _of_adapters(request)
+        findings += suggest_moments(file, recipe.config, request.method, map(request.parameters, request.places))
         require_effect(request.adapters)
         outlook = _outlook(request)
     except READING as error:

@@ -21,6 +21,7 @@ def check_moments(plan: Plan) -> Iterator[Finding]:
     if not isinstance(plan.method, LayerwiseMethod):
         return
     folders: dict[str, list[PlannedTensor]] = {}
+    refused = None
     for tensor in plan.tensors:
         folder = tensor.shared_parameters.get("moments")
         header = tensor.header(tensor.base) if tensor.base and tensor.reads(tensor.base) else None
@@ -29,6 +30,15 @@ def check_moments(plan: Plan) -> Iterator[Finding]:
         treated = plan.method.treat(tensor.name, header.shape, tensor.vocabulary_axis, tensor.shared_parameters)
         if treated.kind in ("matrix", "stack"):
             folders.setdefault(folder, []).append(tensor)
+            if refused is None and not plan.method.takes_moments(tensor.shared_parameters):
+                refused = tensor.name
+    if refused is not None:
+        yield Finding(
+            level="error",
+            what=f"{refused}: the recipe's other parameters are defined of estimated second moments and take no "
+            "measured ones",
+            remedy="Remove moments, or preset: published, structural_prior: true, or a solver other than closed_form.",
+        )
     for path, tensors in folders.items():
         try:
             yield from _of_folder(plan, open_moments(Path(path)), tensors)

@@ -26,6 +26,7 @@ from mergekit_ace.checks.quantized import check_quantization
 from mergekit_ace.checks.raw import check_raw, is_raw
 from mergekit_ace.checks.spelling import check_keys, check_parameters
 from mergekit_ace.checks.tensors import check_precision, check_tensors, check_treatments
+from mergekit_ace.checks.unmeasured import suggest_moments
 from mergekit_ace.checks.unused import check_unused
 from mergekit_ace.checks.vocabularies import (
     check_chat_template,
@@ -36,6 +37,7 @@ from mergekit_ace.checks.vocabularies import (
 )
 from mergekit_ace.checks.weights import check_weights
 from mergekit_ace.mergekit_internals import architecture_is_inferred, in_recipe_order
+from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.findings import Finding, by_severity
 from mergekit_ace.recipe.parameter_values import check_parameter_values
@@ -115,6 +117,7 @@ def check_recipe(file: Path, options: MergeOptions | None = None) -> Examination
     try:
         with planned(recipe, options, headers_only=True) as plan:
             findings += _of_plan(plan)
+            findings += _suggestions(file, plan)
             cost = estimate(plan)
     except RecipeError as error:
         return Examination(findings=by_severity([*findings, _unplannable(error)]), cost=None)
@@ -157,6 +160,12 @@ def _of_plan(plan: Plan) -> Iterator[Finding]:
     yield from check_treatments(plan)
     yield from check_kinship(plan)
     yield from check_moments(plan)
+
+
+def _suggestions(file: Path, plan: Plan) -> Iterator[Finding]:
+    if isinstance(plan.method, LayerwiseMethod):
+        parameters = (tensor.shared_parameters for tensor in plan.tensors)
+        yield from suggest_moments(file, plan.recipe.config, plan.method, parameters)
 
 
 def _errors(findings: list[Finding]) -> bool:

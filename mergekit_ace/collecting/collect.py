@@ -99,7 +99,7 @@ def collect(
     assert plan.base is not None
     targets, stacks = find_targets(plan)
     tokenizer = load_tokenizer(plan.base, plan.options)
-    longest = longest_text(plan.base, plan.options)
+    longest = longest_text(plan.base, tokenizer, plan.options)
     given = {
         name: _chosen(name, listed, [encode(prompt, tokenizer, longest=longest) for prompt in listed], settings)
         for name, (_, listed) in prompts.items()

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from mergekit_ace.recipe.failures import message_of
 
@@ -79,10 +80,16 @@ def load_model(
     return module
 
 
-def longest_text(model: ModelReference, options: MergeOptions) -> int:
-    """The most tokens that a model takes; 0 where it states no limit."""
+def longest_text(model: ModelReference, tokenizer: Any, options: MergeOptions) -> int:
+    """The most tokens that a model takes, by its configuration and its tokenizer; 0 where neither states a limit.
+
+    RoBERTa's positions start at 2, so that its configuration states two more than it takes.
+    """
     config = model.config(trust_remote_code=options.trust_remote_code)
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 0)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    stated = [int(limit) for limit in (positions, tokenizer.model_max_length) if limit]
+    found = min(stated, default=0)
+    return found if found < VERY_LARGE_INTEGER else 0
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -111,6 +111,12 @@ class MatrixMerge(MergeFacts):
         return ", ".join(facts)
 
 
+def takes_measured(options: CovarianceOptions) -> bool:
+    """Whether all that the options ask for is defined of measured second moments too, not of estimates only."""
+    of_residual = options.refinement is not None and options.refinement.of == "residual"
+    return not (options.second_moment.centered or options.structural_prior or of_residual)
+
+
 def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -> MatrixMerge:
     """Merge one weight matrix by second moments of the experts' inputs (ACE, arXiv:2603.02945, Eqs. 5-19).
 
@@ -128,11 +134,7 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         FactorizationError: no reasonable jitter makes the system positive definite.
         ValueError: there are measured second moments, and the options ask for what is defined of estimates only.
     """
-    if task_vectors.measured and (
-        options.second_moment.centered
-        or options.structural_prior
-        or (options.refinement is not None and options.refinement.of == "residual")
-    ):
+    if task_vectors.measured and not takes_measured(options):
         raise ValueError(
             f"{task_vectors.name}: measured second moments cannot be combined with preset: published or "
             "structural_prior: true, which are defined of estimated ones. Remove moments, or those"

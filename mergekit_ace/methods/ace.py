@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from mergekit_ace.matrix.merge import MatrixMerge, merge_by_covariance
+from mergekit_ace.matrix.merge import MatrixMerge, merge_by_covariance, takes_measured
 from mergekit_ace.matrix.options import Bounds, CovarianceOptions, Gate, LengthBound, SpectralRefinement
 from mergekit_ace.matrix.presets import ACE, ACE_0_1, ACE_PUBLISHED
 from mergekit_ace.matrix.task_vectors import TaskVectors
@@ -154,6 +154,10 @@ class Ace(LayerwiseMethod):
     def gate(self, parameters: Mapping[str, Any]) -> Gate | None:
         """ACE's, where its threshold is above 0."""
         return self.options(parameters).gate
+
+    def takes_moments(self, parameters: Mapping[str, Any]) -> bool:
+        """Not where it asks for what is defined of estimates only."""
+        return takes_measured(self.options(parameters))
 
     def needs_base_norm(self, parameters: Mapping[str, Any]) -> bool:
         """Where adapters are added up as far as they are small: second moments do not correlate, or were measured."""

@@ -150,7 +150,10 @@ def _average_what(e: Evidence) -> str:
 
 
 def _average_remedy(e: Evidence) -> str:
-    return "Measure them on a few prompts (mergekit-ace moments), or set correlation_threshold: 0 to use the estimates."
+    return (
+        "Measure them on a few prompts, or on texts that the experts generate (mergekit-ace moments), or set "
+        "correlation_threshold: 0 to use the estimates."
+    )
 
 
 def _refinement(e: Evidence) -> float | None:

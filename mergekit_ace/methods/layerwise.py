@@ -34,7 +34,7 @@ from mergekit_ace.methods.device_failures import named, on_device_or_cpu
 from mergekit_ace.methods.lost_inputs import KnownInputs
 from mergekit_ace.methods.matrices import Matrix, inputs_last, matrices, weighted_experts
 from mergekit_ace.methods.measured_moments import with_measured_moments
-from mergekit_ace.methods.parameters import LAMBDA, RecipeParameter, common_parameters
+from mergekit_ace.methods.parameters import LAMBDA, MOMENTS, RecipeParameter, common_parameters
 from mergekit_ace.methods.quantized_inputs import require_unquantized_models, require_unquantized_tensors
 from mergekit_ace.methods.warnings import MergeWarnings, begins_a_merge
 from mergekit_ace.policy import Choice, Treatment, is_embedding, treatment
@@ -104,6 +104,10 @@ class LayerwiseMethod(GroupMergeMethod):
     def needs_entries(self, parameters: Mapping[str, Any]) -> str | None:
         """Why the merge depends on single entries of a matrix, and cannot be had from factors; None: it can."""
         return None
+
+    def takes_moments(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether second moments that were measured can take the place of estimates under these parameters."""
+        return any(item.name == MOMENTS.name for item in self.own_parameters)
 
     def needs_base_norm(self, parameters: Mapping[str, Any]) -> bool:
         """Whether the merge depends on how large the updates are for the base's weight."""

@@ -92,6 +92,10 @@ class Wudi(LayerwiseMethod):
         )
         return MatrixMerge(task_vector=merged)
 
+    def takes_moments(self, parameters: Mapping[str, Any]) -> bool:
+        """The descents do not."""
+        return bool(parameters["solver"] == "closed_form")
+
     def needs_entries(self, parameters: Mapping[str, Any]) -> str | None:
         """Adam moves every entry by itself, so that what it gives is of full rank."""
         if parameters["solver"] != "adam":

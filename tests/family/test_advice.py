@@ -288,8 +288,8 @@ SENTENCES: list[tuple[str, Evidence, str]] = [
         "average",
         evidence(facts=EXPLAINED),
         "the updates are of low rank and their second moments correlate by 0.012 only, as those of adapters with "
-        "independent random A matrices do: the result is merged without them. Measure them on a few prompts "
-        "(mergekit-ace moments), or set correlation_threshold: 0 to use the estimates.",
+        "independent random A matrices do: the result is merged without them. Measure them on a few prompts, or on "
+        "texts that the experts generate (mergekit-ace moments), or set correlation_threshold: 0 to use the estimates.",
     ),
     ("average", evidence(facts=EXPLAINED | {"averaged": 0.6}), "do: the result is 60% merged without them. Measure"),
     (

@@ -165,6 +165,20 @@ def test_modules_called_otherwise_than_the_tensors_are_found_by_their_weight(mak
     assert_moment(moment(scene.folder / "moments", index, "expert0", name), expected)
 
 
+def test_a_text_is_cut_to_what_an_encoder_takes(make: Make) -> None:
+    """RoBERTa has two positions less than its configuration states; its tokenizer says how many tokens it takes."""
+    scene = make("roberta")
+    config = json.loads((scene.suite.base.path / "config.json").read_text())
+    longest = config["max_position_embeddings"] - config["pad_token_id"] - 1
+    tokenizer = AutoTokenizer.from_pretrained(scene.suite.base.path)
+    tokenizer.model_max_length = longest
+    tokenizer.save_pretrained(scene.suite.base.path)
+    prompts = scene.prompts("a.txt", lines=1, words=longest + 5)
+    result = scene.measure("--prompts", f"expert0={prompts}")
+    assert result.exit_code == 0, result.output
+    assert f"expert0: {longest} tokens" in result.output
+
+
 def test_stacked_experts_keep_their_estimates_and_are_named(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     scene = make("qwen3-moe")
     caplog.set_level(logging.INFO)

@@ -57,11 +57,13 @@ def build(root: Path) -> None:
     for task in TASKS:
         drawn = {name: random.standard_normal(shape, dtype=numpy.float32) for name, shape in SHAPES.items()}
         save({name: base[name] + 0.5 * drawn[name] for name in base}, root / task)
-    (root / "suite.json").write_text(json.dumps({"tasks": list(TASKS), "prompts": True}))
+    (root / "suite.json").write_text(
+        json.dumps({"tasks": list(TASKS), "prompts": True, "answers": True, "generates": True})
+    )
 
 
 def write_prompts(root: Path, out: Path, count: int) -> None:
-    """Words of each task, of one half of the vocabulary each."""
+    """Words of each task, of one half of the vocabulary each, with an answer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -72,7 +74,8 @@ def write_prompts(root: Path, out: Path, count: int) -> None:
     random = numpy.random.default_rng(2)
     for place, task in enumerate(TASKS):
         words = random.integers(place * WIDTH // 2, (place + 1) * WIDTH // 2, (count, 9))
-        lines = [json.dumps({"text": " ".join(f"w{word}" for word in row)}) for row in words.tolist()]
+        texts = [[f"w{word}" for word in row] for row in words.tolist()]
+        lines = [json.dumps({"prompt": " ".join(text[:6]), "completion": " ".join(text[6:])}) for text in texts]
         (out / f"{task}.jsonl").write_text("\n".join(lines))
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import click
 
-from benchmarks.experiment import merging
+from benchmarks.experiment import combinations, merging
 from benchmarks.experiment.plots import draw_bars, draw_epsilon
 from benchmarks.experiment.prompting import prompt_files, takes_its_prompts
 from benchmarks.experiment.results import Results, Row, environment, today
 from benchmarks.experiment.scoring import BuiltSuite, relative_mean, standard_error
 from benchmarks.experiment.settings import Setting, selected
 from benchmarks.experiment.tables import suite_table, summary_table
+from benchmarks.suites.recipe import ADAPTERS
 
 RESULTS = Path(__file__).parent / "results"
 # models merged before each call of the scorer, which scores the experts anew every time
@@ -46,6 +47,8 @@ def measure(suite: BuiltSuite, settings: list[Setting], results: Path, fresh: tu
 def known(setting: Setting, suite: BuiltSuite) -> bool:
     if not takes_its_prompts(setting, suite):
         return False
+    if setting.of_adapters:
+        return (suite.root / ADAPTERS).is_dir()
     if merging.registered(setting.method):
         return True
     click.echo(f"  {setting.label}: left out, mergekit knows no method {setting.method!r}", err=True)
@@ -60,6 +63,9 @@ def measured(suite: BuiltSuite, settings: list[Setting], found: Results) -> None
         folders = [Path(scratch) / str(place) for place in range(len(settings))]
         for setting, folder in zip(settings, folders, strict=True):
             try:
+                if setting.of_adapters:
+                    seconds[folder] = combinations.combine(setting, suite.root, suite.tasks, folder)
+                    continue
                 moments = measured_moments(setting, suite, folder)
                 seconds[folder] = merging.merge(
                     setting, suite.root / "base", experts, folder, command=suite.command, moments=moments

@@ -71,6 +71,34 @@ def knots_ties(D: Sequence[Tensor], *, density: float = 0.2) -> Tensor:
     return left @ merged.view(parts.shape[1:])
 
 
+def robust_factors(
+    A: Sequence[Tensor], B: Sequence[Tensor], *, density: float = 0.2, weight: float = 2.0, floor: float = 0.8
+) -> tuple[Tensor, Tensor]:
+    """RobustMerge: A `[r, n]` and B `[m, r]` of equal ranks, pruned and joined apart, B by what pruning took from A.
+
+        A = w sum_t A'_t,    B = w sum_t s_t B'_t / sum_t s_t,    s_t = sum_columns |A_t| / sum_columns |A'_t|
+
+    A prime keeps a fifth of the entries, the largest; the `r` entries of `s_t` are at least their own 80th percentile.
+    Source: arXiv:2502.17159 and the authors' program, whose constants these are.
+    """
+    down, up, scales = [], [], []
+    for a, b in zip(A, B, strict=True):
+        kept = _largest(a, density)
+        left = kept.abs().sum(dim=1)
+        # a row of which nothing is kept counts as it is
+        scale = torch.where(left > 0, a.abs().sum(dim=1) / left, 1.0)
+        scales.append(scale.clamp_min(scale.sort().values[int(floor * len(scale))]))
+        down.append(kept)
+        up.append(scales[-1] * _largest(b, density))
+    return weight * torch.stack(down).sum(dim=0), weight * torch.stack(up).sum(dim=0) / torch.stack(scales).sum(dim=0)
+
+
+def _largest(matrix: Tensor, density: float) -> Tensor:
+    """Its largest entries, the others zero."""
+    threshold = matrix.abs().flatten().kthvalue(int((1 - density) * matrix.numel())).values
+    return torch.where(matrix.abs() >= threshold, matrix, 0.0)
+
+
 def spectral_truncated_mean(D: Sequence[Tensor], *, share: float = 0.4) -> Tensor:
     """The mean of the task vectors' top singular directions, up to a share of the nuclear norm, which they keep (STAR).
 

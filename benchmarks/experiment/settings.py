@@ -30,6 +30,11 @@ class Setting:
     """Whether the prompts come with their answers."""
 
     @property
+    def of_adapters(self) -> bool:
+        """Whether it combines adapters as peft wrote them, not checkpoints."""
+        return self.method == "peft"
+
+    @property
     def epsilon(self) -> float | None:
         """The ridge of a `published` setting that has a fixed one."""
         value = self.parameters.get("epsilon")
@@ -57,6 +62,11 @@ def with_prompts(label: str, count: int, *, of: PromptSource = "own task", answe
 
 def contender(label: str, method: str, **parameters: Value) -> Setting:
     return Setting(label=label, group="contenders", method=method, parameters=parameters)
+
+
+def combination(label: str, kind: str, **parameters: Value) -> Setting:
+    """One of adapters as peft wrote them; weights are `1 / T` where none is given."""
+    return Setting(label=label, group="adapters", method="peft", parameters={"combination": kind, **parameters})
 
 
 EPSILON_GRID = (1e-6, 1e-5, 1e-4, 2e-4, 1e-3, 1e-2, 1e-1)
@@ -114,6 +124,16 @@ SETTINGS: tuple[Setting, ...] = (
     contender("norm weights 2", "norm_weights", exponent=2.0),
     contender("knots_ties 0.2", "knots_ties"),
     contender("star", "star"),
+    combination("peft cat", "cat"),
+    combination("peft svd", "svd"),
+    combination("peft svd, weight 1", "svd", weight=1.0),
+    combination("peft linear", "linear"),
+    combination("peft ties 0.2", "ties", weight=1.0, density=0.2),
+    combination("peft ties_svd 0.2", "ties_svd", weight=1.0, density=0.2),
+    combination("peft dare_ties 0.7", "dare_ties", weight=1.0, density=0.7),
+    combination("peft dare_ties_svd 0.7", "dare_ties_svd", weight=1.0, density=0.7),
+    combination("peft magnitude_prune_svd 0.5", "magnitude_prune_svd", density=0.5),
+    combination("robust_merge", "robust_merge"),
 )
 
 

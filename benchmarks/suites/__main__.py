@@ -11,21 +11,22 @@ import click
 
 from .catalogue import SUITES
 from .form import Kind, KindWithPrompts, build, score, write_prompts
+from .recipe import Suite
 
 
-def kind_of(name: str) -> Kind:
-    if name == "digits":
+def kind_of(suite: Suite) -> Kind:
+    if suite.kind == "digits":
         from .digits import Digits
 
         return Digits()
-    if name == "encoder":
+    if suite.kind == "encoder":
         from .encoder import Encoder
 
         return Encoder()
-    if name == "chat":
+    if suite.kind == "chat":
         from .chat import Chat
 
-        return Chat()
+        return Chat(suite.scored_rows)
     from .decoder import Decoder
 
     return Decoder()
@@ -46,7 +47,7 @@ def main(context: click.Context, name: str) -> None:
 @click.pass_obj
 def build_command(suite, root: Path, reuse: Path | None) -> None:  # type: ignore[no-untyped-def]
     """Write DIR/base and DIR/<task>."""
-    build(kind_of(suite.kind), suite, root, reuse)
+    build(kind_of(suite), suite, root, reuse)
 
 
 @main.command("score")
@@ -55,7 +56,7 @@ def build_command(suite, root: Path, reuse: Path | None) -> None:  # type: ignor
 @click.pass_obj
 def score_command(suite, root: Path, models: tuple[Path, ...]) -> None:  # type: ignore[no-untyped-def]
     """Print per-task accuracies and their mean relative to the experts."""
-    score(kind_of(suite.kind), suite, root, list(models))
+    score(kind_of(suite), suite, root, list(models))
 
 
 @main.command("prompts")
@@ -65,7 +66,7 @@ def score_command(suite, root: Path, models: tuple[Path, ...]) -> None:  # type:
 @click.pass_obj
 def prompts_command(suite, root: Path, out: Path, count: int) -> None:  # type: ignore[no-untyped-def]
     """Write COUNT training rows of each task to OUT, and a tokenizer to DIR/base."""
-    kind = kind_of(suite.kind)
+    kind = kind_of(suite)
     if not isinstance(kind, KindWithPrompts):
         raise click.UsageError(f"the models of {suite.name} have no tokenizer")
     write_prompts(kind, suite, root, out, count)

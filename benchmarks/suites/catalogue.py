@@ -63,6 +63,11 @@ DIGITS_LORA_SMALL = Suite(
         digits("evens", lora_rank=32, learning_rate=5e-4, steps=200),
     ),
 )
+DIGITS_LORA_EQUAL = Suite(
+    name="digits-lora-equal",
+    kind="digits",
+    experts=tuple(replace(expert, lora_rank=16) for expert in DIGITS_LORA_SMALL.experts),
+)
 DIGITS_FROZEN = Suite(
     name="digits-frozen",
     kind="digits",
@@ -124,8 +129,17 @@ LLM_TASKS = ("french", "spanish", "documented", "records", "steps", "library")
 LLM = Suite(
     name="llm",
     kind="chat",
-    experts=tuple(Expert(task=task, steps=40, learning_rate=3e-5, seed=seed) for seed, task in enumerate(LLM_TASKS)),
+    experts=tuple(
+        Expert(task=task, steps=40, learning_rate=3e-5, seed=seed)
+        for task, seed in zip(LLM_TASKS, (7, 7, 3, 4, 5, 6), strict=True)
+    ),
     dtype="bfloat16",
+)
+LLM_FOUR = replace(
+    LLM,
+    name="llm-four",
+    experts=tuple(expert for expert in LLM.experts if expert.task not in ("spanish", "library")),
+    scored_rows=32,
 )
 LLM_LORA = Suite(
     name="llm-lora",
@@ -139,6 +153,7 @@ LLM_LORA = Suite(
         chat_lora("library", lora_rank=16, seed=6),
     ),
 )
+LLM_LORA_32 = replace(LLM_LORA, name="llm-lora-32", scored_rows=32)
 
 SUITES = {
     suite.name: suite
@@ -149,6 +164,7 @@ SUITES = {
         DIGITS_UNEVEN,
         DIGITS_LORA,
         DIGITS_LORA_SMALL,
+        DIGITS_LORA_EQUAL,
         DIGITS_FROZEN,
         DECODER,
         DECODER_GENTLE,
@@ -159,6 +175,8 @@ SUITES = {
         ENCODER,
         ENCODER_LORA,
         LLM,
+        LLM_FOUR,
         LLM_LORA,
+        LLM_LORA_32,
     )
 }

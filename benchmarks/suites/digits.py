@@ -173,7 +173,7 @@ class Digits:
         fit_head(head, base, canvases, expert.task)
         fit(nn.ModuleList([model, head]), loss, steps=expert.steps, learning_rate=expert.learning_rate)
         save_file(head.state_dict(), root / HEADS / f"{expert.task}.safetensors")
-        return merged(model)
+        return merged(model, root, expert.task)
 
     @torch.no_grad()
     def accuracies(self, tasks: Sequence[str], root: Path, folder: Path) -> dict[str, float]:

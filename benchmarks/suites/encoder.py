@@ -60,7 +60,7 @@ class Encoder:
             learning_rate=expert.learning_rate,
         )
         save_file(head.state_dict(), root / HEADS / f"{expert.task}.safetensors")
-        return merged(model)
+        return merged(model, root, expert.task)
 
     def prompts(self, task: str, count: int) -> list[dict[str, str]]:
         """Training texts in a fixed shuffled order, without their classes."""

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from .recipe import HEADS, Expert, Suite
+from .recipe import ADAPTERS, HEADS, Expert, Suite
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -82,6 +82,8 @@ def build(kind: Kind, suite: Suite, root: Path, reuse: Path | None = None) -> No
             model = load(reuse / expert.task)
             for head in (reuse / HEADS).glob(f"{expert.task}.*"):
                 shutil.copy(head, root / HEADS)
+            if (reuse / ADAPTERS / expert.task).is_dir():
+                shutil.copytree(reuse / ADAPTERS / expert.task, root / ADAPTERS / expert.task)
         else:
             model = kind.fine_tuned(suite, base, expert, root)
         scale_update_(model, base, suite.update_scale)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 # the folder of a built suite for what stays outside the merge
 HEADS = "heads"
+# and for the adapters as peft writes them, which a checkpoint has merged in
+ADAPTERS = "adapters"
 KINDS_WITH_PROMPTS = ("chat", "decoder", "encoder")
 KINDS_WITH_ANSWERS = ("chat",)
 KINDS_THAT_GENERATE = ("chat", "decoder")
@@ -33,7 +35,7 @@ class Suite:
     """A named set of experts of one kind: `digits`, `decoder`, `encoder`, `chat`.
 
     A base of ours is pre-trained from `seed`. `update_scale` multiplies what every expert learned:
-    base + scale * (expert - base).
+    base + scale * (expert - base). `scored_rows` are the test rows of each task, where scoring is slow (`chat`).
     """
 
     name: str
@@ -42,6 +44,7 @@ class Suite:
     dtype: str = "float32"
     seed: int = 0
     update_scale: float = 1.0
+    scored_rows: int = 100
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -3,13 +3,14 @@
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from .recipe import Expert
+from .recipe import ADAPTERS, Expert
 
 WARMUP_FRACTION = 0.1
 WEIGHT_DECAY = 0.01
@@ -65,6 +66,9 @@ def trainable_copy(base: PreTrainedModel, expert: Expert) -> PreTrainedModel | P
     return model
 
 
-def merged(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The full model: a LoRA's product is added to the weights it adapts."""
-    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+def merged(model: PreTrainedModel | PeftModel, root: Path, task: str) -> PreTrainedModel:
+    """The full model: a LoRA's product is added to the weights it adapts, and the LoRA itself kept in `root`."""
+    if not isinstance(model, PeftModel):
+        return model
+    model.save_pretrained(root / ADAPTERS / task, save_embedding_layers=False)
+    return model.merge_and_unload()

@@ -9,6 +9,7 @@ from benchmarks.experiment.contenders import (
     consensus_sum,
     knots_ties,
     norm_weighted_mean,
+    robust_factors,
     spectral_truncated_mean,
 )
 from benchmarks.experiment.contending import CONTENDERS, register_contenders
@@ -56,6 +57,21 @@ def test_star_by_hand() -> None:
     # 3 of 4 is more than 40 percent, and is scaled to the whole of 4; the other has one direction.
     merged = spectral_truncated_mean([torch.diag(torch.tensor([3.0, 1.0])), SECOND])
     torch.testing.assert_close(merged, torch.diag(torch.tensor([2.0, 1.0])))
+
+
+def test_robust_merge_by_hand() -> None:
+    # The third smallest of four is the threshold, and stays: 4 and 3 of A_1, 6 and 6 of A_2. Of their rows
+    # are left 4/5, 3/5, 6/8 and 6/8.
+    A = [torch.tensor([[4.0, 1.0], [2.0, 3.0]]), torch.tensor([[6.0, 2.0], [-2.0, -6.0]])]
+    B = [torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[-5.0, 1.0], [1.5, 6.0]])]
+    down, up = robust_factors(A, B, density=0.25, weight=2.0, floor=0.0)
+    torch.testing.assert_close(down, torch.tensor([[20.0, 0.0], [0.0, -6.0]]))
+    first, second = torch.tensor([5 / 4, 5 / 3]), torch.tensor([8 / 6, 8 / 6])
+    kept = [torch.tensor([[0.0, 0.0], [3.0, 4.0]]), torch.tensor([[-5.0, 0.0], [0.0, 6.0]])]
+    torch.testing.assert_close(up, 2 * (first * kept[0] + second * kept[1]) / (first + second))
+    # With a floor at the larger of an expert's two scales, both are that one.
+    _, up = robust_factors(A, B, density=0.25, weight=2.0, floor=0.5)
+    torch.testing.assert_close(up, 2 * (kept[0] * 5 / 3 + kept[1] * 8 / 6) / 3)
 
 
 @pytest.mark.parametrize("method", CONTENDERS, ids=lambda method: method.name)

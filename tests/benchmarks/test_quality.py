@@ -17,7 +17,7 @@ from benchmarks.experiment.settings import SETTINGS, selected
 from benchmarks.suites.__main__ import kind_of
 from benchmarks.suites.decoder import Decoder
 from benchmarks.suites.form import KindWithPrompts
-from benchmarks.suites.recipe import KINDS_WITH_PROMPTS
+from benchmarks.suites.recipe import KINDS_WITH_PROMPTS, Suite
 
 TINY = Path(__file__).parent / "tiny"
 
@@ -125,7 +125,7 @@ def test_the_byte_level_tokenizer_gives_the_codes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["digits", "decoder", "encoder"])
 def test_the_kinds_with_prompts_are_listed(kind: str) -> None:
-    assert isinstance(kind_of(kind), KindWithPrompts) == (kind in KINDS_WITH_PROMPTS)
+    assert isinstance(kind_of(Suite(name=kind, kind=kind, experts=())), KindWithPrompts) == (kind in KINDS_WITH_PROMPTS)
 
 
 def test_suites_without_prompts_leave_those_settings_out(builds: Path, tmp_path: Path) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -21,10 +20,9 @@ from torch import Tensor
 from mergekit_ace import __version__, register
 from mergekit_ace.checks.preflight import require_sound_inputs, require_sound_plan
 from mergekit_ace.checks.spelling import check_parameters
-from mergekit_ace.engine.merging import Request, Site
+from mergekit_ace.engine.merging import Request
 from mergekit_ace.engine.merging import merge as write_merge
-from mergekit_ace.engine.shard_maker import ShardMaker
-from mergekit_ace.engine.workers.inline import Inline
+from mergekit_ace.engine.workers.inline import inline
 from mergekit_ace.mergekit_internals import align_dtype, bound_parameters
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.printable import printable
@@ -201,7 +199,7 @@ def _merge_folders(recipe: Recipe, out: str | Path | None, overwrite: bool, opti
     _require_sound(recipe, options)
     folder = None if out is None else Path(out)
     if folder is not None:
-        write_merge(Request(recipe=recipe, options=options, out=folder, overwrite=overwrite, resume=False), _employ)
+        write_merge(Request(recipe=recipe, options=options, out=folder, overwrite=overwrite, resume=False), inline)
 
     def read() -> Mapping[str, Tensor]:
         if folder is not None:
@@ -217,11 +215,6 @@ def _merge_folders(recipe: Recipe, out: str | Path | None, overwrite: bool, opti
     if folder is None:
         result.weights  # noqa: B018  errors belong to the call
     return result
-
-
-@contextlib.contextmanager
-def _employ(site: Site) -> Iterator[Inline]:
-    yield Inline(ShardMaker(site.plan, site.work, site.folder))
 
 
 def _require_sound(recipe: Recipe, options: MergeOptions) -> None:

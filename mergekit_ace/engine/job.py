@@ -32,6 +32,8 @@ class Job(BaseModel, frozen=True, extra="forbid"):
     plan: MergePlan
     folder: str
     """Where the shards go."""
+    receipts: str
+    """Where their receipts go."""
     directory: str
     """Relative paths of the recipe start here."""
     places: dict[str, str]
@@ -60,7 +62,9 @@ def opened(job: Job, device: str | None, on_tensor: OnTensor) -> Iterator[ShardM
     if device is not None and device.startswith("cuda"):
         torch.cuda.set_device(device)
     with planned(parse_recipe(job.recipe, Path(job.name)), options) as plan:
-        yield ShardMaker(plan, job.plan, Path(job.folder), memory=job.memory, on_tensor=on_tensor)
+        folders = Path(job.folder), Path(job.receipts)
+        with ShardMaker(plan, job.plan, *folders, memory=job.memory, on_tensor=on_tensor) as maker:
+            yield maker
 
 
 def _require_versions(plan: MergePlan) -> None:

@@ -145,4 +145,4 @@ def _collect(tensors: Sequence[OutputTensor], places: dict[str, Path], file: Pat
         with TensorFile(file, planned) as writing:
             for tensor in planned:
                 writing.write(tensor, opened[places[tensor.name]].get_tensor(tensor.name))
-    return writing.sha256
+        return writing.finish()

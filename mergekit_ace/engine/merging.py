@@ -19,7 +19,7 @@ from mergekit_ace.engine.events import Noted, Planned, ShardMade, Warned, Watche
 from mergekit_ace.engine.files import write_files, write_index
 from mergekit_ace.engine.part import Part
 from mergekit_ace.engine.plan import MergePlan, plan_merge, treatments
-from mergekit_ace.engine.receipt import Notice, Receipt, read_receipts, remove_unfinished, write_receipt
+from mergekit_ace.engine.receipt import Notice, Receipt, read_receipts, remove_unfinished
 from mergekit_ace.engine.record import write_record
 from mergekit_ace.engine.shard_maker import noticed
 from mergekit_ace.engine.shards import Shard, arranged, by_cost, of_part
@@ -233,7 +233,6 @@ def _make(
         # Closed at once where anything fails: no worker must write into a folder that is being removed.
         with contextlib.closing(workers.make(todo)) as receipts:
             for receipt in receipts:
-                write_receipt(receipt, site.stage.receipts)
                 warn(receipt.warnings)
                 site.watch(ShardMade(receipt))
                 yield receipt

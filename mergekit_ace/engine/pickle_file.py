@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +13,7 @@ from torch import Tensor
 from mergekit_ace.checkpoints.fingerprint import file_digest
 from mergekit_ace.engine.receipt import temporary_name
 from mergekit_ace.engine.shards import OutputTensor
+from mergekit_ace.engine.tensor_file import naming
 
 
 class Pickle:
@@ -24,27 +24,29 @@ class Pickle:
         self._tensors: dict[str, Tensor] = {}
         self.waited = 0.0
         """As `TensorFile.waited`."""
-        self.sha256 = ""
-        """As `TensorFile.sha256`."""
 
     def __enter__(self) -> Pickle:
         return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """As `TensorFile.__exit__`: there is nothing to leave behind."""
 
     def write(self, tensor: OutputTensor, values: Tensor) -> None:
         """As `TensorFile.write`."""
         self._tensors[tensor.name] = values
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if error is not None or not self._tensors:
-            return
-        started = time.perf_counter()
+    def finish(self) -> str:
+        """As `TensorFile.finish`."""
+        if not self._tensors:
+            return ""
         partial = temporary_name(self._file)
         try:
-            torch.save(self._tensors, partial)
-            with partial.open("rb") as stream:
-                os.fsync(stream.fileno())
-            self.sha256 = file_digest(partial)
+            with naming(self._file):
+                torch.save(self._tensors, partial)
+                with partial.open("rb") as stream:
+                    os.fsync(stream.fileno())
+            sha256 = file_digest(partial)
             partial.replace(self._file)
         finally:
             partial.unlink(missing_ok=True)
-        self.waited += time.perf_counter() - started
+        return sha256

@@ -6,6 +6,7 @@ can go first; a worker then holds one tensor in place of a whole file of them, w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -34,14 +35,17 @@ def layout(tensors: Iterable[OutputTensor]) -> list[OutputTensor]:
 
 
 class TensorFile:
-    """Writes a file in a thread of its own; the file has its name when all of it is on the disk.
+    """Writes a file in a thread of its own; `finish` gives it its name when all of it is on the disk.
+
+    A block that ends with an error leaves no file. One that ends well leaves a file without its name, to be finished by
+    this thread or another one.
 
     Args:
         file: where to.
         planned: what will be written, in the order of `layout`.
 
     Raises:
-        OSError: of the file system, from `write` or at the end; nothing is left then.
+        OSError: of the file system, naming the file, from `write` or `finish`; nothing is left then.
     """
 
     def __init__(self, file: Path, planned: Sequence[OutputTensor]) -> None:
@@ -53,9 +57,7 @@ class TensorFile:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="writing")
         self._pending: Future[None] | None = None
         self.waited = 0.0
-        """Seconds that `write` and the end have taken."""
-        self.sha256 = ""
-        """Of the file, once it is there; empty where no tensor was written, and no file is."""
+        """Seconds that `write` has waited."""
 
     def __enter__(self) -> TensorFile:
         beginning = header(self._planned)
@@ -66,6 +68,11 @@ class TensorFile:
             self._discard()
             raise
         return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is not None:
+            self._thread.shutdown(wait=True)
+            self._discard()
 
     def write(self, tensor: OutputTensor, values: Tensor) -> None:
         """Hand over the next tensor; waits until the one before it is written.
@@ -80,26 +87,31 @@ class TensorFile:
         self._written.append(tensor)
         self._pending = self._thread.submit(self._write, values)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        started = time.perf_counter()
+    def finish(self) -> str:
+        """Wait until all of the file is on the disk, and give it its name.
+
+        Returns:
+            Its SHA-256; empty where no tensor was written, and no file is.
+        """
         try:
             self._thread.shutdown(wait=True)
-            if error is None:
-                self._settle()
-                if self._written:
-                    self._finish()
+            self._settle()
+            if not self._written:
+                return ""
+            with naming(self._file):
+                return self._complete()
         finally:
             self._discard()
-        self.waited += time.perf_counter() - started
 
     def _discard(self) -> None:
         """Close the file and remove it, unless it has its name by now."""
         try:
-            self._stream.close()  # which writes what is buffered, and fails where the disk is full
+            with naming(self._file):
+                self._stream.close()  # which writes what is buffered, and fails where the disk is full
         finally:
             self._partial.unlink(missing_ok=True)
 
-    def _finish(self) -> None:
+    def _complete(self) -> str:
         complete = len(self._written) == len(self._planned)
         if not complete:
             # In the place of the header that was planned, which is longer.
@@ -107,8 +119,9 @@ class TensorFile:
             self._stream.write(header(self._written, len(header(self._planned))))
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        self.sha256 = self._digest.hexdigest() if complete else file_digest(self._partial)
+        sha256 = self._digest.hexdigest() if complete else file_digest(self._partial)
         self._partial.replace(self._file)
+        return sha256
 
     def _settle(self) -> None:
         if self._pending is not None:
@@ -117,12 +130,24 @@ class TensorFile:
 
     def _write(self, values: Tensor) -> None:
         stored = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        for start in range(0, len(stored), _PIECE):
-            self._append(stored[start : start + _PIECE].numpy().data)
+        with naming(self._file):
+            for start in range(0, len(stored), _PIECE):
+                self._append(stored[start : start + _PIECE].numpy().data)
 
     def _append(self, content: bytes | memoryview) -> None:
         self._stream.write(content)
         self._digest.update(content)
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Have errors of a stream, such as that of a full disk, name the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def header(tensors: Sequence[OutputTensor], length: int | None = None) -> bytes:

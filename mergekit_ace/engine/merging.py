@@ -137,6 +137,8 @@ def merge(request: Request, employ: Employ, watch: Watcher = lambda event: None)
         now = list(made)
         receipts = [*taken.values(), *now]
         remove_unfinished(folder)
+        for receipt in now:
+            _require_not_replaced(folder / receipt.file, receipt)
         _finish(request, work, receipts, stage.folder)
         counts = dict(treatments(plan))
     return Outcome(
@@ -206,6 +208,16 @@ def _is_as_written(file: Path, receipt: Receipt) -> bool:
     if not receipt.sha256:
         return not receipt.tensors
     return file.is_file() and file_digest(file) == receipt.sha256
+
+
+def _require_not_replaced(file: Path, receipt: Receipt) -> None:
+    """Raise if a worker that was taken for lost has written a file again, with other content, after another one had."""
+    is_same = file.is_file() and file.stat().st_mtime_ns == receipt.changed
+    if not is_same and not _is_as_written(file, receipt):
+        raise RuntimeError(
+            f"an output file must stay as its receipt says; {file} was replaced after it was made. "
+            "--resume makes it again"
+        )
 
 
 def _write_others(request: Request, plan: Plan, folder: Path) -> None:

@@ -44,6 +44,8 @@ class Receipt(BaseModel, frozen=True, extra="forbid"):
     """Planned optional tensors that too few models have."""
     sha256: str
     """Of the file; empty if it holds nothing and is not there."""
+    changed: int
+    """When the file was written, in nanoseconds; 0 if it is not there."""
     inputs: dict[str, Fingerprint]
     """The files that it was made from, as they were."""
     seconds: float

@@ -129,6 +129,7 @@ class ShardMaker:
             tensors=tuple(tensor for tensor in shard.tensors if tensor.name in made.names),
             absent=tuple(tensor.name for tensor in shard.tensors if tensor.name not in made.names),
             sha256=sha256,
+            changed=(self._folder / shard.file).stat().st_mtime_ns if sha256 else 0,
             inputs=self._work.sources(shard),
             seconds=round(made.seconds + (wait := waited()), 3),
             reading=round(made.reading, 3),

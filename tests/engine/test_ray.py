@@ -13,7 +13,7 @@ import yaml
 from mergekit_ace.engine.events import Event, Planned, ShardMade
 from mergekit_ace.engine.merging import Request, merge
 from mergekit_ace.engine.receipt import write_whole
-from mergekit_ace.engine.workers import cluster
+from mergekit_ace.engine.workers import actor, cluster
 from mergekit_ace.engine.workers.processes import WorkerError
 from mergekit_ace.engine.workers.staffing import Staff
 from mergekit_ace.recipe.reading import read_recipe
@@ -103,17 +103,17 @@ def test_an_input_that_a_node_sees_otherwise_is_named(recipe_file: Path, tmp_pat
         plan=MergePlan.model_construct(inputs=inputs),
         places={name: str(tmp_path / "model.safetensors") for name in inputs},
     )
-    cluster.require_shared(job, tmp_path / "nonce", "nonce")
+    actor.require_shared(job, tmp_path / "nonce", "nonce")
     (tmp_path / "model.safetensors").write_bytes(b"otherwi")
     with pytest.raises(RuntimeError, match=r"must see the inputs; node .* does not see .*model\.safetensors"):
-        cluster.require_shared(job, tmp_path / "nonce", "nonce")
+        actor.require_shared(job, tmp_path / "nonce", "nonce")
 
 
 def test_a_shard_that_kills_its_worker_again_and_again_is_named(
     nodes: Any, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Dying(cluster.Actor):
-        def make(self, file: str) -> str:
+        def make(self, file: str) -> list[str]:
             if "00002" in file:
                 os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory is out
             return super().make(file)
@@ -153,7 +153,6 @@ def test_three_nodes_give_the_bytes_of_one_process_also_if_one_is_lost_in_mid_me
         if isinstance(event, ShardMade) and not lost:
             lost.append(event.receipt.file)
             three.remove_node(others[0], allow_graceful=False)
-            time.sleep(0.1)
 
     merge(request(recipe_file, tmp_path / "out"), Staff(workers="auto", ray="auto"), lose)
     assert lost
@@ -168,7 +167,7 @@ def test_the_last_shard_of_a_lost_node_goes_to_an_idle_actor(
     doomed, waits, finished = others[1].node_id, tmp_path / "waits", tmp_path / "finished"
 
     class Last(cluster.Actor):
-        def make(self, file: str) -> str:
+        def make(self, file: str) -> list[str]:
             if ray.get_runtime_context().get_node_id() == doomed:
                 waits.touch()
                 while not finished.exists():

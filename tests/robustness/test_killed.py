@@ -27,7 +27,7 @@ import transformers.models.llama.configuration_llama
 
 # One merge that ends at the n-th event. Events: what Python does to files whose path holds `out`, and every tensor.
 MERGE = """
-import os, signal, sys
+import os, signal, sys, threading
 import torch
 torch.set_num_threads(1)
 # As a terminal leaves them. Tests that were started in the background would pass on that SIGINT is ignored, and those
@@ -38,6 +38,7 @@ from mergekit_ace.cli import main
 from mergekit_ace.recipe.plan import PlannedTensor
 
 events = 0
+counting = threading.Lock()  # files are finished in a thread of their own
 def end():
     if kind == "disk full":
         raise OSError(28, "No space left on device")
@@ -48,8 +49,10 @@ def note(event, arguments):
     global events
     touched = any(isinstance(argument, (str, os.PathLike)) and out in str(argument) for argument in arguments)
     if event == "merge.tensor" or (event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and touched):
-        events += 1
-        if events == at:
+        with counting:
+            events += 1
+            now = events == at
+        if now:
             end()
 sys.addaudithook(note)
 merge_tensor = PlannedTensor.merge

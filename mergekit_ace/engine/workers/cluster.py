@@ -7,25 +7,23 @@ import importlib
 import importlib.util
 import logging
 import secrets
-import socket
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from mergekit_ace.checkpoints.fingerprint import fingerprint
 from mergekit_ace.engine.events import TensorMade
-from mergekit_ace.engine.job import Job, opened
+from mergekit_ace.engine.job import Job
 from mergekit_ace.engine.merging import Site
 from mergekit_ace.engine.receipt import Receipt, write_whole
 from mergekit_ace.engine.shards import Shard
+from mergekit_ace.engine.workers.actor import Actor
 from mergekit_ace.engine.workers.processes import WorkerError
 from mergekit_ace.recipe.failures import message_of
 
 LOCAL = "local"
-"""The address of a cluster that is to be started on this machine."""
+"""Ray's address for a cluster that is to be started on this machine, whatever RAY_ADDRESS says."""
 _MOST_CPUS = 2
 _ATTEMPTS = 3
 _PATIENCE_SECONDS = 600.0
@@ -53,76 +51,48 @@ def cluster(job: Job, site: Site, *, address: str, count: int | None, gpus: bool
     outer = ray.is_initialized()
     if not outer:
         ray.init(
-            address=None if address == LOCAL else address,
+            address=address,
             include_dashboard=False if address == LOCAL else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
-    nonce = secrets.token_hex(16)
-    write_whole(site.stage.receipts / _NONCE, nonce.encode())
-    workers = RayWorkers(job, site, nonce, count, gpus)
+    workers = RayWorkers(job, site, secrets.token_hex(16), count, gpus)
     try:
+        write_whole(site.stage.receipts / _NONCE, workers.nonce.encode())
         yield workers
+    except ray.exceptions.RayError as error:
+        raise WorkerError(
+            f"the Ray cluster was lost: {_first_line(error)}. --resume goes on with the finished shards"
+        ) from error
     finally:
         workers.dismiss()
         if not outer:
             ray.shutdown()
 
 
-class Actor:
-    """Makes shards in a process of its own on any node; the class of the Ray actors."""
+def cpus_each(nodes: Sequence[int], count: int | None) -> int:
+    """CPUs of an actor: two, or one where a node has no more or `count` actors would not all find two.
 
-    def __init__(self) -> None:
-        self._maker: Any = None
-        self._shards: dict[str, Shard] = {}
-        self._open = contextlib.ExitStack()
-
-    def prepare(self, job_text: str, nonce_file: str, nonce: str, threads: int) -> None:
-        """Look for the shared storage and plan the merge.
-
-        Raises:
-            RuntimeError: naming this node, if it does not see the output or an input.
-        """
-        import torch
-
-        torch.set_num_threads(threads)
-        job = Job.model_validate_json(job_text)
-        require_shared(job, Path(nonce_file), nonce)
-        self._maker = self._open.enter_context(opened(job, None, lambda name, seconds: None))
-        self._shards = {shard.file: shard for shard in job.plan.shards}
-
-    def make(self, file: str) -> str:
-        """Make a shard and return its receipt."""
-        receipt: Receipt = self._maker.make(self._shards[file])
-        return receipt.model_dump_json()
-
-
-def require_shared(job: Job, nonce_file: Path, nonce: str) -> None:
-    """Raise unless this node sees the driver's own output folder, and every input as the driver sees it.
-
-    Raises:
-        RuntimeError: naming the node and the file.
+    Args:
+        nodes: CPUs of each node.
+        count: how many actors there are to be; None for as many as find a place.
     """
-    node = f"node {socket.gethostname()}"
-    try:
-        seen = nonce_file.read_text(encoding="utf-8")
-    except OSError:
-        seen = ""
-    if seen != nonce:
-        raise RuntimeError(
-            f"every node must see the output folder; {node} does not see {nonce_file.parent} as the driver wrote it. "
-            "Put the output on storage that all nodes share"
-        )
-    for key, place in job.places.items():
-        try:
-            same = fingerprint(Path(place)).is_copy_of(job.plan.inputs[key])
-        except OSError:
-            same = False
-        if not same:
-            raise RuntimeError(
-                f"every node must see the inputs; {node} does not see {place} as the driver does. "
-                "Put the models on storage that all nodes share, at the same path"
-            )
+    sizes = [size for size in nodes if size > 0]
+    cpus = min([_MOST_CPUS, *sizes])
+    return cpus if count is None or _places(sizes, cpus) >= count else 1
+
+
+def _places(nodes: Sequence[int], cpus: int) -> int:
+    return sum(size // cpus for size in nodes)
+
+
+@dataclass(eq=False)
+class _Hired:
+    """An actor."""
+
+    handle: Any
+    shards: list[Shard] = field(default_factory=list)
+    """Given to it, without a receipt: the last one is being merged, one before it finished."""
 
 
 @dataclass
@@ -135,15 +105,16 @@ class RayWorkers:
     count: int | None
     gpus: bool
     elsewhere: bool = True
-    _actors: list[Any] = field(default_factory=list)
-    _running: dict[Any, tuple[Any, Shard | None]] = field(default_factory=dict)
-    _idle: list[Any] = field(default_factory=list)
+    _hired: list[_Hired] = field(default_factory=list)
+    _running: dict[Any, _Hired] = field(default_factory=dict)
+    _idle: list[_Hired] = field(default_factory=list)
+    _losses: Counter[str] = field(default_factory=Counter)
+    """By file; of actors that had none yet, since the last one that had, under an empty name."""
 
     @property
     def description(self) -> str:
         """As `Workers.description`."""
-        ray = _ray()
-        return f"{self._size()} actors of Ray on {sum(node['Alive'] for node in ray.nodes())} nodes"
+        return f"{self._size()} actors of Ray on {len(self._nodes())} nodes"
 
     def make(self, shards: Sequence[Shard]) -> Generator[Receipt, None, None]:
         """As `Workers.make`.
@@ -152,50 +123,73 @@ class RayWorkers:
             WorkerError: naming the shard or the node, and what stopped it.
         """
         ray = _ray()
-        lost = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
         waiting = list(shards)
-        attempts: Counter[str] = Counter()
         for _ in range(min(self._size(), len(shards))):
             self._hire()
         done = 0
         while done < len(shards):
             for reference in self._finished():
-                actor, shard = self._running.pop(reference)
+                hired = self._running.pop(reference)
                 try:
-                    answer = ray.get(reference)
-                except lost as error:
-                    self._actors.remove(actor)
-                    if shard is not None:
-                        attempts[shard.file] += 1
-                        waiting.insert(0, shard)
-                    self._require_hope(shard, attempts, error)
-                    # What is left of the cluster may have no place for another actor: an idle one goes first.
-                    if not self._idle:
-                        self._hire()
-                    self._hand_out(waiting)
-                    continue
+                    answer = ray.get(reference) or []
                 except ray.exceptions.RayTaskError as error:
                     raise WorkerError(message_of(error.cause)) from error
-                self._idle.append(actor)
+                except ray.exceptions.RayError as error:
+                    self._lose(hired, waiting, error)
+                    continue
+                self._losses.pop("", None)
+                self._idle.append(hired)
+                receipts = [self._receipt(hired, text) for text in answer]
                 self._hand_out(waiting)
-                if shard is not None:
-                    done += 1
-                    yield self._receipt(answer)
+                done += len(receipts)
+                yield from receipts
 
     def dismiss(self) -> None:
         """End all actors."""
+        for hired in self._hired:
+            self._end(hired)
+        self._hired.clear()
+
+    def _end(self, hired: _Hired) -> None:
         ray = _ray()
-        for actor in self._actors:
-            ray.kill(actor)
+        with contextlib.suppress(ray.exceptions.RayError):  # it has ended by itself, or Ray has
+            ray.kill(hired.handle)
+
+    def _lose(self, hired: _Hired, waiting: list[Shard], error: Exception) -> None:
+        """Let others make what an actor that is lost was given, if that promises anything."""
+        self._hired.remove(hired)
+        self._end(hired)  # it may be out of reach only, and go on
+        waiting[:0] = hired.shards
+        file = hired.shards[-1].file if hired.shards else ""
+        self._losses[file] += 1
+        if self._losses[file] >= (_ATTEMPTS if file else _ATTEMPTS * self._size()):
+            what = f"{file} ended its worker" if file else "workers ended before they were ready,"
+            raise WorkerError(
+                f"{what} {self._losses[file]} times, which may be out of memory: {_first_line(error)}. "
+                "Give workers more memory; --resume goes on with the finished shards"
+            ) from error
+        # What is left of the cluster may have no place for another actor: an idle one goes first.
+        if not self._idle:
+            self._hire()
+        self._hand_out(waiting)
 
     def _hand_out(self, waiting: list[Shard]) -> None:
-        """Give the shards that wait to the actors that have none."""
-        while waiting and self._idle:
-            actor, shard = self._idle.pop(), waiting.pop(0)
-            self._running[actor.make.remote(shard.file)] = (actor, shard)
+        """Give the shards that wait to the actors that have nothing to do; where none waits, they finish their last."""
+        for hired in [*self._idle]:
+            if waiting:
+                shard = waiting.pop(0)
+                hired.shards.append(shard)
+                call = hired.handle.make.remote(shard.file)
+            elif hired.shards:
+                call = hired.handle.finish.remote()
+            else:
+                continue
+            self._idle.remove(hired)
+            self._running[call] = hired
 
-    def _receipt(self, answer: str) -> Receipt:
+    def _receipt(self, hired: _Hired, answer: str) -> Receipt:
         receipt = Receipt.model_validate_json(answer)
+        hired.shards = [shard for shard in hired.shards if shard.file != receipt.file]
         for tensor in receipt.tensors:
             self.site.watch(TensorMade(tensor.name, receipt.seconds / len(receipt.tensors)))
         return receipt
@@ -208,7 +202,7 @@ class RayWorkers:
             finished, _ = ray.wait(list(self._running), num_returns=1, timeout=1.0)
             if finished:
                 return list(finished)
-            if all(shard is None for _, shard in self._running.values()):
+            if not any(hired.shards for hired in self._running.values()):
                 if time.monotonic() - started > _PATIENCE_SECONDS:
                     raise WorkerError(
                         f"Ray must start a worker within {_PATIENCE_SECONDS:.0f} seconds; the cluster has no "
@@ -217,36 +211,34 @@ class RayWorkers:
             else:
                 started = time.monotonic()
 
-    def _require_hope(self, shard: Shard | None, attempts: Counter[str], error: Exception) -> None:
-        if shard is not None and attempts[shard.file] >= _ATTEMPTS:
-            raise WorkerError(
-                f"{shard.file} ended its worker {_ATTEMPTS} times, which may be out of memory: {_first_line(error)}. "
-                "Give workers more memory; --resume goes on with the finished shards"
-            ) from error
-
     def _hire(self) -> None:
         ray = _ray()
         cpus = self._cpus()
         remote = ray.remote(Actor).options(
             num_cpus=0 if self.gpus else cpus, num_gpus=1 if self.gpus else 0, scheduling_strategy="SPREAD"
         )
-        actor = remote.remote()
-        self._actors.append(actor)
+        hired = _Hired(remote.remote())
+        self._hired.append(hired)
         nonce_file = str((self.site.stage.receipts / _NONCE).resolve())
-        ready = actor.prepare.remote(self.job.model_dump_json(), nonce_file, self.nonce, cpus)
-        self._running[ready] = (actor, None)
+        job = self.job.model_dump_json()
+        self._running[hired.handle.prepare.remote(job, nonce_file, self.nonce, cpus, self._neighbours())] = hired
 
     def _cpus(self) -> int:
-        ray = _ray()
-        sizes = [int(node["Resources"].get("CPU", 1)) for node in ray.nodes() if node["Alive"]]
-        return max(1, min(_MOST_CPUS, *sizes)) if sizes else 1
+        return cpus_each(self._nodes(), self.count)
+
+    def _neighbours(self) -> int:
+        """How many actors a node may have at most."""
+        places = self._nodes("GPU") if self.gpus else [size // self._cpus() for size in self._nodes()]
+        return max(1, min(max(places, default=1), self._size()))
 
     def _size(self) -> int:
-        ray = _ray()
         if self.count is not None:
             return self.count
-        resources = ray.cluster_resources()
-        return max(1, int(resources.get("GPU", 0) if self.gpus else resources.get("CPU", 1) // self._cpus()))
+        return max(1, sum(self._nodes("GPU")) if self.gpus else _places(self._nodes(), self._cpus()))
+
+    def _nodes(self, resource: str = "CPU") -> list[int]:
+        """How much of a resource each living node has."""
+        return [int(node["Resources"].get(resource, 0)) for node in _ray().nodes() if node["Alive"]]
 
 
 def _ray() -> Any:

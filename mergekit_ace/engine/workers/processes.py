@@ -18,6 +18,7 @@ from typing import Any
 from mergekit_ace.engine.receipt import Receipt
 from mergekit_ace.engine.shards import Shard
 
+_COMMAND = (sys.executable, "-m", "mergekit_ace.engine.workers.serve")
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _PATIENCE_SECONDS = 10
 
@@ -86,7 +87,7 @@ class Processes:
     def _start(self, number: int, device: str | None) -> _Worker:
         environment = {**os.environ, **dict.fromkeys(_THREAD_VARIABLES, str(self.threads))}
         process = subprocess.Popen(
-            [sys.executable, "-m", "mergekit_ace.engine.workers.serve"],
+            _COMMAND,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,

@@ -10,9 +10,9 @@ from typing import Literal
 
 import torch
 
-from mergekit_ace.checks.cost import available_memory
 from mergekit_ace.engine.events import TensorMade
 from mergekit_ace.engine.job import Job
+from mergekit_ace.engine.memory import free_memory
 from mergekit_ace.engine.merging import Site
 from mergekit_ace.engine.plan import input_files
 from mergekit_ace.engine.shard_maker import OnTensor
@@ -22,9 +22,6 @@ from mergekit_ace.engine.workers.protocol import Workers
 
 _CORES_A_WORKER = 2
 """Of `auto` on a CPU: a merge's products use two threads well, many less so."""
-
-
-_SHARE_OF_FREE = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +51,7 @@ class Staff:
                 yield workers
             return
         count = self._count(site, on_gpus)
-        available = _free_memory() if self.memory is None else self.memory
+        available = free_memory() if self.memory is None else self.memory
         memory = None if available is None else available // count
         if count == 1:
             with inline(site, memory, on_tensor=_teller(site)) as worker:
@@ -74,12 +71,6 @@ class Staff:
         if on_gpus:
             return max(1, torch.cuda.device_count())
         return max(1, min(torch.get_num_threads() // _CORES_A_WORKER, len(site.work.shards)))
-
-
-def _free_memory() -> int | None:
-    """Most of the memory that programs can get on this machine; None where it is not known."""
-    available = available_memory()
-    return None if available is None else int(_SHARE_OF_FREE * available)
 
 
 def _teller(site: Site) -> OnTensor:

@@ -1,6 +1,7 @@
 """Whole merges: ACE beside `ties` and `task_arithmetic`, mergekit's executor beside this project's engine.
 
 python -m benchmarks.merge [--case NAME]... [--recipe NAME]... [--engine NAME]... [--rounds N] [--layers N]
+    [--name STEM]
 
 Every run is a process of its own, start and imports included. Checkpoints have the real names and shapes and made-up
 weights; they are written under `--work` and deleted afterwards, unless told to keep them. What a results folder holds
@@ -39,10 +40,12 @@ class Case:
 
 SHARDED = ("--out-shard-size", "1B")
 """mergekit holds a whole output shard in memory, 5 GB unless told otherwise."""
+A_LAYER = ("--out-shard-size", "125M")
+"""A layer of the 1B model a file: two workers share a shortened model too."""
 
 CASES = {
     "roberta": Case(architecture=ROBERTA, experts=8, rounds=3),
-    "llama-1b": Case(architecture=LLAMA_1B, experts=3, options=SHARDED),
+    "llama-1b": Case(architecture=LLAMA_1B, experts=3, options=A_LAYER),
     "llama-3b": Case(architecture=LLAMA_3B, experts=3, options=SHARDED),
     "llama-70b": Case(architecture=LLAMA_70B, experts=8, options=SHARDED, layers=1),
 }
@@ -156,6 +159,22 @@ def targets(record: Record) -> list[Target]:
         peaks = [max(run.peak_rss) / 1e9 for run in whole if run.recipe.startswith("ace")]
         what = f"{architecture.name}, three experts: peak RSS of any ace recipe, GB"
         found.append(Target(what=what, limit=limit, value=max(peaks, default=None)))
+    return [*found, *engine_targets(runs(LLAMA_1B))]
+
+
+def engine_targets(runs: list[Run]) -> list[Target]:
+    """What this project's engine may take, of the depths at which it was run."""
+    found = []
+    for layers in sorted({run.layers for run in runs}):
+        ace = {run.recipe: run for run in runs if run.layers == layers}
+        for one, other, limit, what in (
+            ("engine", YAML, 1.02, "one process / mergekit-yaml"),
+            ("engine, 2 processes", "engine", 1.0, "two processes / one with two threads"),
+        ):
+            ours, theirs = ace.get(label("ace", one)), ace.get(label("ace", other))
+            if ours and theirs:
+                title = f"{LLAMA_1B.name}, {layers} layers, engine: seconds of {what}"
+                found.append(Target(what=title, limit=limit, value=ours.ratio(theirs)))
     return found
 
 
@@ -198,6 +217,7 @@ def report(record: Record) -> str:
     "--work", type=click.Path(path_type=Path), help="Holds the checkpoints: 13 GB for llama-1b, 33 for 3b, 17 for 70b."
 )
 @click.option("--keep", is_flag=True, help="Leave the checkpoints in --work, and use those that are there.")
+@click.option("--name", "stem", default="merge", show_default=True, help="Of the files with the results.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default="benchmarks/results")
 def main(
     cases: tuple[str, ...],
@@ -208,13 +228,14 @@ def main(
     device: str,
     work: Path | None,
     keep: bool,
+    stem: str,
     results: Path,
 ) -> None:
     """See the module's docstring."""
     if device == "cuda" and not torch.cuda.is_available():
         click.echo("no CUDA device on this machine: nothing was measured")
         return
-    stem = "merge" if device == "cpu" else f"merge-{device}"
+    stem = stem if device == "cpu" else f"{stem}-{device}"
     record = Record.load(results / f"{stem}.json")
     record.environment = machine(device)
     for name in cases or CASES:

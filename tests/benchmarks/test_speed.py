@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +15,7 @@ from click.testing import CliRunner
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from benchmarks import merge, solver
-from benchmarks.speed import contenders, memory, timing
+from benchmarks.speed import command, contenders, memory, timing
 from benchmarks.speed.checkpoints import Architecture, write_base, write_expert
 from benchmarks.speed.command import run_merge
 from benchmarks.speed.layers import ADAPTER_RANK, Layer, Shape, adapted, fine_tuned, parse_shape
@@ -228,6 +232,53 @@ def test_a_run_is_the_real_command_and_its_failure_is_told(
         run_merge("mergekit-yaml", recipe, tmp_path / "failed")
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="tells of other processes on Linux only")
+def test_the_processes_that_a_run_starts_are_measured_too() -> None:
+    shell = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
+    assert shell.stdout is not None
+    sleep = int(shell.stdout.readline())
+    try:
+        assert command._descendants(shell.pid) == [sleep]
+        assert {shell.pid, sleep} <= set(command._descendants(os.getpid()))
+        assert 0 < command._kilobytes(sleep, "smaps_rollup", "Pss:") <= command._kilobytes(sleep, "status", "VmRSS:")
+        assert command._cpu_seconds(os.getpid()) == pytest.approx(time.process_time(), abs=2.0)
+    finally:
+        os.kill(sleep, signal.SIGKILL)
+        shell.wait()
+        shell.stdout.close()
+    assert command._descendants(shell.pid) == []
+    assert command._cpu_seconds(shell.pid) == command._kilobytes(shell.pid, "status", "RssAnon:") == 0
+
+
+def test_the_engine_is_held_against_mergekits_executor_at_one_depth() -> None:
+    record = Record()
+    seconds = {
+        (4, "ace"): [100.0, 100.0],
+        (4, "ace, engine"): [101.0, 103.0],
+        (4, "ace, engine, 2 processes"): [90.0, 110.0],
+        (16, "ace"): [400.0],
+        (2, "ace, engine"): [50.0],
+    }
+    for (layers, recipe), found in seconds.items():
+        zeros = [0] * len(found)
+        record.add(
+            Run(
+                checkpoint="Llama-3.2-1B, 3 experts, bfloat16",
+                layers=layers,
+                recipe=recipe,
+                seconds=found,
+                cpu_seconds=found,
+                peak_rss=zeros,
+                peak_anonymous=zeros,
+                peak_device=zeros,
+            )
+        )
+    one, two = merge.engine_targets(record.runs)
+    assert "4 layers" in one.what
+    assert (one.value, one.limit) == (pytest.approx(1.02), 1.02)
+    assert (two.value, two.limit) == (pytest.approx((90 / 101 + 110 / 103) / 2), 1.0)
+
+
 def test_the_merge_benchmark_deletes_its_checkpoints_unless_told_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +289,7 @@ def test_the_merge_benchmark_deletes_its_checkpoints_unless_told_otherwise(
     done = CliRunner().invoke(merge.main, [*options, "--results", str(results)], catch_exceptions=False)
     assert done.exit_code == 0
     assert not list(work.iterdir())
+    assert sorted(file.name for file in results.iterdir()) == ["merge.json", "merge.md"]
     kept = ["--case", "roberta", "--recipe", "ace", "--layers", "1", "--work", str(work), "--keep"]
     CliRunner().invoke(merge.main, [*kept, "--results", str(results)], catch_exceptions=False)
     assert [folder.name for folder in work.iterdir()] == ["roberta-1"]

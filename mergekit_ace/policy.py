@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["matrix", "stack", "average", "base", "buffer"]
-Choice = Literal["method", "average", "base"]
+Kind = Literal["matrix", "stack", "head", "average", "base", "buffer"]
+Choice = Literal["method", "auto", "average", "base"]
+Heads = Literal["none", "named", "tied"]
+"""Which tensors are output heads: none; those with the name of one; the token table too, which the head is tied to."""
 InputAxis = Literal["last", "first"]
 
 
@@ -17,8 +19,9 @@ class Treatment:
     """How one tensor is merged.
 
     Attributes:
-        kind: `matrix`: by the method; `stack`: each `[out, in]` slice by the method; `average`: base + weighted mean of
-            the task vectors; `base`: kept as in the base; `buffer`: kept, whatever it holds.
+        kind: `matrix`: by the method; `stack`: each `[out, in]` slice by the method; `head`: by the method, as a linear
+            map that scores the vocabulary; `average`: base + weighted mean of the task vectors; `base`: kept as in the
+            base; `buffer`: kept, whatever it holds.
         reason: for people, in a few words.
     """
 
@@ -79,6 +82,13 @@ def is_embedding(name: str, vocabulary_axis: int | None) -> bool:
     return bool(words & _TABLE_WORDS) or _TABLE_NAMES.fullmatch(last) is not None
 
 
+def is_output_head(name: str, vocabulary_axis: int | None, heads: Heads) -> bool:
+    """Whether a matrix scores the vocabulary, be it that it is the token table too."""
+    owner = name.removesuffix(".weight").removesuffix(".weights")
+    named = heads != "none" and _HEAD.search(owner) is not None
+    return named or (heads == "tied" and vocabulary_axis is not None)
+
+
 def treatment(
     name: str,
     shape: Sequence[int],
@@ -86,6 +96,7 @@ def treatment(
     vocabulary_axis: int | None = None,
     embeddings: Choice = "average",
     matrices: Choice = "method",
+    heads: Heads = "none",
 ) -> Treatment:
     """Decide how a tensor is merged.
 
@@ -95,11 +106,15 @@ def treatment(
         vocabulary_axis: mergekit's, where it gives one.
         embeddings: the recipe's choice for embedding tables and output heads.
         matrices: the recipe's choice for all other matrices, stacked ones too.
+        heads: which tensors `embeddings: auto` takes for output heads.
     """
     if _BUFFER.search(name):
         return Treatment(kind="buffer", reason="a buffer, not a weight")
     if len(shape) >= 2 and is_embedding(name, vocabulary_axis) and embeddings != "method":
-        return Treatment(kind=embeddings, reason=f"embedding table or output head (embeddings: {embeddings})")
+        if embeddings == "auto" and len(shape) == 2 and is_output_head(name, vocabulary_axis, heads):
+            return Treatment(kind="head", reason="output head, a linear map (embeddings: auto)")
+        reason = f"embedding table or output head (embeddings: {embeddings})"
+        return Treatment(kind="base" if embeddings == "base" else "average", reason=reason)
     if _TEXT_PROJECTION.search(name):
         return Treatment(kind="average", reason="CLIP's text projection, averaged as published")
     if 0 in shape:
@@ -110,7 +125,7 @@ def treatment(
         return Treatment(kind="average", reason="vectors side by side, not a linear map")
     stacked = len(shape) == 3 and _STACKED_EXPERTS.search(name) is not None
     if (stacked or len(shape) == 2) and matrices != "method":
-        return Treatment(kind=matrices, reason=f"matrix (matrices: {matrices})")
+        return Treatment(kind="base" if matrices == "base" else "average", reason=f"matrix (matrices: {matrices})")
     if stacked:
         return Treatment(kind="stack", reason="stacked expert matrices, slice by slice")
     if len(shape) != 2:

@@ -145,7 +145,7 @@ class AdapterMerge:
         # kohya's names are one word, in which a table cannot be told from a layer beside one; it adapts no tables.
         named = "" if self._request.adapters[0].layout == "kohya" else place.weight
         vocabulary_axis = 0 if place.kind == "embedding" else None
-        return self._request.method.treat(named, place.stored_shape, vocabulary_axis, parameters)
+        return self._request.method.treat(named, place.stored_shape, vocabulary_axis, parameters, heads="none")
 
     def cores(self, place: Place, parameters: Mapping[str, Any], *, solved: bool) -> Iterator[Cores]:
         """Every matrix of a weight that an adapter of positive weight updates: one, or one for each stacked expert.

@@ -55,7 +55,7 @@ def merged_replacements(request: Request) -> Iterator[MergedTensor]:
         having = [adapter.replaced.get(key) for adapter in request.adapters]
         first = next(vector for vector in having if vector is not None)
         parameters = request.parameters(_weight_name(key))
-        if request.method.treat(_weight_name(key), first.shape, None, parameters).kind == "base":
+        if request.method.treat(_weight_name(key), first.shape, None, parameters, heads="none").kind == "base":
             continue
         merged = _same(request, key, having) or _weighted_sum(
             request, key, having, _shares(parameters["weight"], having)

@@ -11,6 +11,7 @@ from mergekit_ace.moments.load import MomentsFolder, open_moments
 from mergekit_ace.recipe.failures import READING
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
+from mergekit_ace.recipe.treatments import treated
 
 # Of the weights that moments were measured on, so many are compared; the merge compares all.
 _SAMPLES = 6
@@ -27,8 +28,7 @@ def check_moments(plan: Plan) -> Iterator[Finding]:
         header = tensor.header(tensor.base) if tensor.base and tensor.reads(tensor.base) else None
         if not folder or header is None:
             continue
-        treated = plan.method.treat(tensor.name, header.shape, tensor.vocabulary_axis, tensor.shared_parameters)
-        if treated.kind in ("matrix", "stack"):
+        if treated(plan.method, tensor, header.shape).kind in ("matrix", "stack"):
             folders.setdefault(folder, []).append(tensor)
             if refused is None and not plan.method.takes_moments(tensor.shared_parameters):
                 refused = tensor.name

@@ -15,6 +15,7 @@ from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.policy import is_embedding
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
+from mergekit_ace.recipe.treatments import treated
 
 _CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = re.compile(r"\.(?:c_attn|q_attn|c_proj|c_fc)\.weight$")
@@ -119,7 +120,7 @@ def check_treatments(plan: Plan) -> Iterator[Finding]:
         if shape is None:
             continue
         parameters = tensor.shared_parameters
-        kind = plan.method.treat(tensor.name, shape, tensor.vocabulary_axis, parameters).kind
+        kind = treated(plan.method, tensor, shape).kind
         if kind not in ("matrix", "stack"):
             continue
         first = parameters["input_axis"] == "first"

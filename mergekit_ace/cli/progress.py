@@ -163,6 +163,7 @@ def summary(outcome: Outcome) -> str:
 _TREATMENTS = {
     "matrix": "merged as matrices",
     "stack": "merged as stacks of matrices",
+    "head": "merged as output heads",
     "average": "averaged",
     "base": "taken from the base",
     "buffer": "copied",

@@ -13,6 +13,7 @@ from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.moments.fingerprint import Fingerprint, fingerprint
 from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
+from mergekit_ace.recipe.treatments import treated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +80,7 @@ def _kind(plan: Plan, method: LayerwiseMethod, tensor: PlannedTensor) -> str:
     if header is None:
         # Absent and optional, or made from several tensors when it is read: the latter are stacks of experts.
         return "stack" if tensor.is_converted(tensor.base) else "average"
-    return method.treat(tensor.name, header.shape, tensor.vocabulary_axis, tensor.shared_parameters).kind
+    return treated(method, tensor, header.shape).kind
 
 
 def find_sites(targets: Sequence[Target], model: nn.Module) -> tuple[list[Site], list[Target]]:

@@ -23,6 +23,7 @@ from mergekit_ace.engine.shards import OutputTensor, Shard, default_shard_size, 
 from mergekit_ace.recipe.patterns import select_names
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
 from mergekit_ace.recipe.tensor_cost import tensor_cost
+from mergekit_ace.recipe.treatments import treated
 
 # mergekit's options that change the output's values or names.
 _TELLING_OPTIONS = (
@@ -160,10 +161,8 @@ def treatments(plan: Plan) -> Mapping[str, int]:
     if isinstance(plan.method, LayerwiseMethod):
         for tensor in plan.tensors:
             if tensor.output is not None:
-                treated = plan.method.treat(
-                    tensor.name, tensor.output.shape, tensor.vocabulary_axis, tensor.shared_parameters
-                )
-                counts[treated.kind] = counts.get(treated.kind, 0) + 1
+                kind = treated(plan.method, tensor, tensor.output.shape).kind
+                counts[kind] = counts.get(kind, 0) + 1
     return counts
 
 

@@ -16,6 +16,19 @@ and the float64 copy is 128 MB. The embedding table of a 70B model, 1e9 elements
 """
 
 
+# Rows of a product are enough for the matrix kernels, and few of its buffers fit beside the tensors themselves.
+_OF_A_PRODUCT = 1 << 26
+
+
+def row_slices(m: int, n: int) -> list[slice]:
+    """The rows of an `[m, n]` matrix in pieces of at most 2^26 elements, for products that go row by row.
+
+    One piece but for embedding tables and the matrices of the largest models.
+    """
+    rows: int = max(1, _OF_A_PRODUCT // max(1, n))
+    return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
+
+
 def blocks(tensor: Tensor) -> tuple[Tensor, ...]:
     """`tensor` in pieces of limited size, views that may be written to.
 

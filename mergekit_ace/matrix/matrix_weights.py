@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from mergekit_ace.linalg import bfloat16
+from mergekit_ace.linalg.blocks import row_slices
 from mergekit_ace.linalg.cholesky import cholesky_factor, solve_right
 from mergekit_ace.linalg.conditioning import condition_number
 from mergekit_ace.linalg.precision import inner_products, squared_norm, squared_norms
-from mergekit_ace.linalg.symmetric import add_to_diagonal_, gram
+from mergekit_ace.linalg.symmetric import add_gram_upper_, add_to_diagonal_, gram, mirror_upper_
 from mergekit_ace.matrix.budget import FOLLOWING, PRODUCTS, error_budget
 from mergekit_ace.matrix.decision import Decision
 from mergekit_ace.matrix.diagnostics import diagnostics_wanted
@@ -60,7 +61,10 @@ class _MatrixWeights:
         ]
         reference = max(range(len(strength)), key=lambda t: (strength[t], task_vectors.energies[t]))
         tensors = [expert.tensor for expert in task_vectors.experts]
+        pieces = row_slices(*task_vectors.buffer_shape)
         weight = task_vectors.task_vector(reference)
+        # Errors of the pieces add up by their squares.
+        allowed = self.error / math.sqrt((len(tensors) - 1) * len(pieces))
         weighted, self.weighted = self.weighted, []
         weighted.reverse()
         error = 0.0
@@ -70,16 +74,18 @@ class _MatrixWeights:
                 continue
             weights = solve_right(own, factor)
             del own
-            apart = difference(tensor, tensors[reference], task_vectors.dtype)
-            rough, estimate = None, 0.0
-            if self.error > 0:
-                rough, estimate = bfloat16.product_within(apart, weights, self.error / math.sqrt(len(tensors) - 1))
-            if rough is None:
-                weight.addmm_(apart, weights)
-            else:
-                weight.add_(rough)
-                error = math.hypot(error, estimate)
-            del apart, weights, rough
+            for rows in pieces:
+                apart = difference(tensor[rows], tensors[reference][rows], task_vectors.dtype)
+                rough, estimate = None, 0.0
+                if allowed > 0:
+                    rough, estimate = bfloat16.product_within(apart, weights, allowed)
+                if rough is None:
+                    weight[rows].addmm_(apart, weights)
+                else:
+                    weight[rows].add_(rough)
+                    error = math.hypot(error, estimate)
+                del apart, rough
+            del weights
         return Solution(
             weight=weight,
             residual=None,
@@ -107,8 +113,8 @@ def assemble_matrix_weights(
 ) -> NormalEquations:
     """Assemble the system, and keep every expert's part of it.
 
-    Until they are solved at most `T + 4` `[n, n]` and four `[m, n]` working-dtype buffers are alive at once beyond the
-    inputs.
+    Until they are solved at most `T + 4` `[n, n]`, one `[m, n]` and three working-dtype buffers of some of its rows
+    (`row_slices`) are alive at once beyond the inputs.
 
     Args:
         task_vectors: at least one expert, as `suits` has it.
@@ -116,7 +122,7 @@ def assemble_matrix_weights(
         decision: whether second moments are divided by their traces.
     """
     shares = task_vectors.shares
-    weighted = [gram(task_vectors.task_vector(t)) for t in range(len(shares))]
+    weighted = [_gram_of(task_vectors, t) for t in range(len(shares))]
     squares: list[float] | list[None] = [None] * len(shares)
     if options.needs_moment_norms:
         squares = squared_norms(weighted).tolist()
@@ -143,6 +149,15 @@ def assemble_matrix_weights(
         moments=moments,
         correlation=correlation,
     )
+
+
+def _gram_of(task_vectors: TaskVectors, t: int) -> Tensor:
+    """`D_t^T D_t`, `[n, n]`."""
+    m, n = task_vectors.buffer_shape
+    total = task_vectors.zeros(n, n)
+    for rows in row_slices(m, n):
+        add_gram_upper_(total, task_vectors.rows(t, rows), keep=0.0 if rows.start == 0 else 1.0)
+    return mirror_upper_(total)
 
 
 def suits(task_vectors: TaskVectors, options: CovarianceOptions, decision: Decision) -> bool:

@@ -213,6 +213,10 @@ class TaskVectors:
         """`D_t`, `[m, n]`, working dtype, in storage of its own that the caller may overwrite."""
         return difference(self.experts[t].tensor, self.base, self.dtype)
 
+    def rows(self, t: int, rows: slice) -> Tensor:
+        """Some rows of `D_t`, as `task_vector`."""
+        return difference(self.experts[t].tensor[rows], self.base[rows], self.dtype)
+
     def sample(self, t: int, *, row_step: int, column_step: int) -> Tensor:
         """Every `row_step`-th row of `D_t` at every `column_step`-th column, working dtype."""
         rows, columns = slice(None, None, row_step), slice(None, None, column_step)

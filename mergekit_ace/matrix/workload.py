@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mergekit_ace.linalg.blocks import LARGEST_BLOCK
+from mergekit_ace.linalg.blocks import LARGEST_BLOCK, row_slices
 from mergekit_ace.linalg.precision import working_dtype
 
 
@@ -48,6 +48,14 @@ def working_numbers(m: int, n: int, experts: int, *, measured: bool = False) -> 
     if measured:
         solve = 4 * n * n + 4 * m * n
     return max(solve, 7 * m * n + 10 * min(m, n) ** 2)
+
+
+def unrefined_numbers(m: int, n: int, experts: int) -> int:
+    """The same for a tall matrix, of few experts, that is solved and no more, as an output head is.
+
+    The merge itself; `T + 4` of `[n, n]`; three pieces of rows (`row_slices`).
+    """
+    return m * n + (experts + 4) * n * n + 3 * int(row_slices(m, n)[0].stop) * n
 
 
 def multiply_adds(m: int, n: int, experts: int, *, measured: int = 0) -> float:

@@ -32,6 +32,7 @@ class Ace(LayerwiseMethod):
     name = "ace"
     pretty_name = "ACE-Merging"
     reference_url = "https://arxiv.org/abs/2603.02945"
+    merges_heads = True
     own_parameters = (
         MOMENTS,
         parameter(
@@ -150,6 +151,17 @@ class Ace(LayerwiseMethod):
             "length_bound": next(word for word, bound in _LENGTH_BOUNDS.items() if bound == options.bounds.length),
         }
         return {**super().settings(parameters), **in_force}
+
+    def head_parameters(self, parameters: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The default's, of the solve and its retention alone; the other presets average heads.
+
+        Refinement destroys models on a table. A head has rows for all of the vocabulary, so that its updates are no
+        adapters, and their rank is not looked for.
+        """
+        if parameters["preset"] != "default":
+            return None
+        length = False if parameters["length_bound"] == "preset" else parameters["length_bound"]
+        return {**parameters, "spectral_fraction": 0.0, "correlation_threshold": 0.0, "length_bound": length}
 
     def gate(self, parameters: Mapping[str, Any]) -> Gate | None:
         """ACE's, where its threshold is above 0."""

@@ -96,7 +96,7 @@ def table_merged_as_matrix(method: str) -> tuple[str, str]:
     return (
         f"embeddings: {method} merges an embedding table or output head as if it were a linear map on shared inputs; "
         "the authors leave such tables out",
-        "Leave embeddings at average, or set it to base.",
+        "Leave embeddings at its default, or set it to base.",
     )
 
 

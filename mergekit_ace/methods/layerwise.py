@@ -34,10 +34,11 @@ from mergekit_ace.methods.device_failures import named, on_device_or_cpu
 from mergekit_ace.methods.lost_inputs import KnownInputs
 from mergekit_ace.methods.matrices import Matrix, inputs_last, matrices, weighted_experts
 from mergekit_ace.methods.measured_moments import with_measured_moments
+from mergekit_ace.methods.output_head import heads_of
 from mergekit_ace.methods.parameters import LAMBDA, MOMENTS, RecipeParameter, common_parameters
 from mergekit_ace.methods.quantized_inputs import require_unquantized_models, require_unquantized_tensors
 from mergekit_ace.methods.warnings import MergeWarnings, begins_a_merge
-from mergekit_ace.policy import Choice, Treatment, is_embedding, treatment
+from mergekit_ace.policy import Choice, Heads, Treatment, is_embedding, treatment
 from mergekit_ace.printable import printable
 
 LOG = logging.getLogger("mergekit_ace")
@@ -56,6 +57,8 @@ class LayerwiseMethod(GroupMergeMethod):
     reference_url: str
     own_parameters: tuple[RecipeParameter, ...] = ()
     lambda_parameter: RecipeParameter = LAMBDA
+    merges_heads: bool = False
+    """Whether `embeddings: auto` merges output heads as linear maps (`head_parameters`)."""
 
     def __init__(self) -> None:
         self._warnings = MergeWarnings()
@@ -71,7 +74,8 @@ class LayerwiseMethod(GroupMergeMethod):
     @property
     def parameters(self) -> tuple[RecipeParameter, ...]:
         """All that a recipe may set."""
-        return (*self.own_parameters, *common_parameters(self.name, scale=self.lambda_parameter))
+        common = common_parameters(self.name, scale=self.lambda_parameter, heads=self.merges_heads)
+        return (*self.own_parameters, *common)
 
     def validate_inputs(
         self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, *, group_name: str | None = None
@@ -117,6 +121,20 @@ class LayerwiseMethod(GroupMergeMethod):
         """What the merged task vector is multiplied by: `lambda`, unless the method has another use for it."""
         return float(parameters["lambda"])
 
+    def head_parameters(self, parameters: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The parameters under which an output head is merged, inputs last; None: it is averaged."""
+        return None
+
+    def in_force(
+        self, treated: Treatment, parameters: Mapping[str, Any], vocabulary_axis: int | None
+    ) -> Mapping[str, Any]:
+        """The parameters under which a tensor is merged that is treated in some way."""
+        if treated.kind != "head":
+            return parameters
+        of_heads = self.head_parameters(parameters)
+        assert of_heads is not None  # or it was treated otherwise
+        return {**of_heads, "input_axis": "first" if vocabulary_axis == 1 else "last"}
+
     def settings(self, parameters: Mapping[str, Any]) -> Mapping[str, Any]:
         """The parameters in force that bear on a matrix, by name: the method's own and `lambda`."""
         return {item.name: parameters[item.name] for item in (*self.own_parameters, self.lambda_parameter)}
@@ -138,15 +156,15 @@ class LayerwiseMethod(GroupMergeMethod):
         """Every matrix of a tensor that is treated as a matrix or a stack, with the second moments that were measured.
 
         Args:
-            treated: as `matrix` or `stack`.
+            treated: as `matrix`, `stack` or `head`.
             name: of the tensor.
             base: of two or three dimensions, as stored.
             experts: of its shape.
-            parameters: resolved.
+            parameters: resolved, those in force.
             warn: takes a cause and a message.
             factors: of each expert's update, as far as they are known (`adapter_factors`).
         """
-        if treated.kind != "matrix":
+        if treated.kind != "matrix":  # no moments are measured of others
             return matrices(name, base, experts, parameters)
         experts = with_measured_moments(name, base, experts, parameters, warn)
         on_cores = self.needs_entries(parameters) is None and not any(expert.measured for expert in experts)
@@ -179,10 +197,12 @@ class LayerwiseMethod(GroupMergeMethod):
         base = group.base.tensor
         experts = weighted_experts(group, parameters)
         started = time.perf_counter()
-        treated = self.treat(name, base.shape, group.metadata.vocabulary_axis, parameters)
+        axis, models = group.metadata.vocabulary_axis, [entry.id for entry in (group.base, *group.non_base)]
+        treated = self.treat(name, base.shape, axis, parameters, heads=heads_of(models))
+        parameters = dict(self.in_force(treated, parameters, axis))
         self._warnings.merging(group.metadata.name)
         self._known_inputs.merging(group.metadata.name, [entry.id for entry in group.entries])
-        if treated.kind == "matrix" and is_embedding(name, group.metadata.vocabulary_axis):
+        if treated.kind == "matrix" and is_embedding(name, axis):
             self._warnings.warn("embeddings", "{}: {}. {}".format(name, *table_merged_as_matrix(self.name)))
         with named(name, base), diagnostics(LOG.isEnabledFor(logging.INFO)):
             merged, notes = self._merge(treated, base, experts, parameters, name, adapter_factors(group))
@@ -201,9 +221,23 @@ class LayerwiseMethod(GroupMergeMethod):
         return merged
 
     def treat(
-        self, name: str, shape: Sequence[int], vocabulary_axis: int | None, parameters: Mapping[str, Any]
+        self,
+        name: str,
+        shape: Sequence[int],
+        vocabulary_axis: int | None,
+        parameters: Mapping[str, Any],
+        *,
+        heads: Heads,
     ) -> Treatment:
-        """The treatment that a tensor of this stored shape gets from this method under these parameters."""
+        """The treatment that a tensor of this stored shape gets from this method under these parameters.
+
+        Args:
+            name: of the tensor.
+            shape: as stored.
+            vocabulary_axis: mergekit's, where it gives one.
+            parameters: resolved.
+            heads: of the merge (`heads_of`).
+        """
 
         def choice(parameter: str) -> Choice:
             value: Choice = parameters[parameter]
@@ -217,6 +251,7 @@ class LayerwiseMethod(GroupMergeMethod):
             vocabulary_axis=vocabulary_axis,
             embeddings=choice("embeddings"),
             matrices=choice("matrices"),
+            heads=heads if self.head_parameters(parameters) is not None else "none",
         )
 
     def _merge(
@@ -241,7 +276,7 @@ class LayerwiseMethod(GroupMergeMethod):
             return on_device_or_cpu(lambda moved: self._merge_one(moved, parameters), matrix, self._warnings.warn)
 
         parts = self.matrices(treated, name, base, experts, parameters, self._warnings.warn, factors)
-        if treated.kind == "matrix":
+        if treated.kind in ("matrix", "head"):
             weight, notes = merge_one(next(parts))
             return inputs_last(weight, parameters), notes
         merged, notes = torch.empty_like(base), ""

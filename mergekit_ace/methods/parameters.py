@@ -111,8 +111,17 @@ def matrices_parameter(method: str) -> RecipeParameter:
     )
 
 
-def embeddings_parameter(method: str) -> RecipeParameter:
-    """`embeddings`, whose third choice is the method itself."""
+def embeddings_parameter(method: str, *, heads: bool) -> RecipeParameter:
+    """`embeddings`, whose last choice is the method itself; `auto` for a method that merges output heads."""
+    if heads:
+        return parameter(
+            "embeddings",
+            Literal["auto", "average", "base", method],
+            default="auto",
+            requirement=f"'auto', 'average', 'base' or '{method}'",
+            description="treatment of token, position and token-type tables and of the output head; 'auto': the output "
+            "head, also one tied to the token table, as a linear map, and all others averaged",
+        )
     return parameter(
         "embeddings",
         Literal["average", "base", method],
@@ -122,11 +131,14 @@ def embeddings_parameter(method: str) -> RecipeParameter:
     )
 
 
-def common_parameters(method: str, *, scale: RecipeParameter = LAMBDA) -> tuple[RecipeParameter, ...]:
+def common_parameters(
+    method: str, *, scale: RecipeParameter = LAMBDA, heads: bool = False
+) -> tuple[RecipeParameter, ...]:
     """The parameters that every method of this package has.
 
     Args:
         method: its name, which is also the choice of the method itself for `matrices` and `embeddings`.
         scale: its `lambda`.
+        heads: whether it merges output heads, by `embeddings: auto`.
     """
-    return (WEIGHT, scale, matrices_parameter(method), embeddings_parameter(method), INPUT_AXIS)
+    return (WEIGHT, scale, matrices_parameter(method), embeddings_parameter(method, heads=heads), INPUT_AXIS)

@@ -8,12 +8,14 @@ from mergekit.common import dtype_from_name
 
 from mergekit_ace.checkpoints.headers import TensorHeader
 from mergekit_ace.linalg.precision import working_dtype
-from mergekit_ace.matrix.workload import averaging_bytes, working_numbers
+from mergekit_ace.matrix.workload import averaging_bytes, by_matrix_weights, unrefined_numbers, working_numbers
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.methods.measured_moments import measured_inputs
 from mergekit_ace.moments.index import MomentsError
+from mergekit_ace.policy import Treatment
 from mergekit_ace.recipe.arithmetic import Arithmetic, arithmetic_of
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
+from mergekit_ace.recipe.treatments import treated
 
 PYTHON = 700_000_000
 """Resident size of a process that has imported torch, transformers and mergekit, in bytes."""
@@ -51,12 +53,15 @@ def tensor_cost(plan: Plan, tensor: PlannedTensor, output: TensorHeader | None) 
     arithmetic = Arithmetic(single=float(output.elements * len(models)))
     solved = solved_matrices(plan, tensor, output.shape)
     if solved is not None and len(models) > 1:
-        count, m, n = solved
         assert isinstance(plan.method, LayerwiseMethod)
-        parameters, experts = tensor.shared_parameters, len(models) - 1
-        measured = _measured_inputs(tensor)
-        arithmetic = arithmetic_of(plan.method, parameters, m, n, experts, measured=measured) * count
-        workspace = working_numbers(m, n, experts, measured=measured > 0) * working_dtype(dtype).itemsize
+        m, n, experts = solved.m, solved.n, len(models) - 1
+        parameters = plan.method.in_force(solved.treatment, tensor.shared_parameters, tensor.vocabulary_axis)
+        measured = 0 if solved.treatment.kind == "head" else _measured_inputs(tensor)
+        arithmetic = arithmetic_of(plan.method, parameters, m, n, experts, measured=measured) * solved.count
+        numbers = working_numbers(m, n, experts, measured=measured > 0)
+        if solved.treatment.kind == "head" and by_matrix_weights(m, n, experts):
+            numbers = min(numbers, unrefined_numbers(m, n, experts))
+        workspace = numbers * working_dtype(dtype).itemsize
     return TensorCost(
         # A tensor that mergekit converts has no header of its own.
         read=sum(header.bytes for header in headers) or output.bytes * len(models),
@@ -74,13 +79,23 @@ def _measured_inputs(tensor: PlannedTensor) -> int:
         return 0
 
 
-def solved_matrices(plan: Plan, tensor: PlannedTensor, shape: tuple[int, ...]) -> tuple[int, int, int] | None:
-    """How many matrices are solved, and their `m` and `n`; None where none is."""
+@dataclass(frozen=True, kw_only=True)
+class SolvedMatrices:
+    """What is solved of one tensor: `count` matrices of `[m, n]`, inputs last."""
+
+    treatment: Treatment
+    count: int
+    m: int
+    n: int
+
+
+def solved_matrices(plan: Plan, tensor: PlannedTensor, shape: tuple[int, ...]) -> SolvedMatrices | None:
+    """The matrices that a tensor's merge solves; None where none is."""
     if not isinstance(plan.method, LayerwiseMethod):
         return None
-    parameters = tensor.shared_parameters
-    kind = plan.method.treat(tensor.name, shape, tensor.vocabulary_axis, parameters).kind
-    if kind not in ("matrix", "stack"):
+    treatment = treated(plan.method, tensor, shape)
+    if treatment.kind not in ("matrix", "stack", "head"):
         return None
+    parameters = plan.method.in_force(treatment, tensor.shared_parameters, tensor.vocabulary_axis)
     m, n = shape[-2:] if parameters["input_axis"] == "last" else (shape[-1], shape[-2])
-    return (shape[0] if kind == "stack" else 1), m, n
+    return SolvedMatrices(treatment=treatment, count=shape[0] if treatment.kind == "stack" else 1, m=m, n=n)

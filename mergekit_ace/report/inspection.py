@@ -20,6 +20,7 @@ from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.adapter_factors import adapter_factors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.methods.matrices import weighted_experts
+from mergekit_ace.methods.output_head import heads_of
 from mergekit_ace.recipe.failures import READING, message_of
 from mergekit_ace.recipe.plan import Inputs, Plan, PlannedTensor, planned
 from mergekit_ace.recipe.reading import read_recipe
@@ -155,7 +156,9 @@ def _measured(
     assert group.base is not None  # every method of ours requires one, and mergekit has seen to it
     base = group.base.tensor
     experts = weighted_experts(group, parameters)
-    treated = method.treat(report.name, base.shape, group.metadata.vocabulary_axis, parameters)
+    axis, models = group.metadata.vocabulary_axis, [entry.id for entry in (group.base, *group.non_base)]
+    treated = method.treat(report.name, base.shape, axis, parameters, heads=heads_of(models))
+    parameters = method.in_force(treated, parameters, axis)
     report = _with(report, reason=treated.reason)
     if treated.kind == "buffer":
         yield _with(report, treatment="copied")

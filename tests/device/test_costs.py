@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from mergekit_ace.linalg import draws, precision
+from mergekit_ace.linalg import blocks, draws, precision
 from mergekit_ace.matrix.expert import Expert, MeasuredMoment
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.presets import ACE
 from mergekit_ace.matrix.task_vectors import TaskVectors
-from mergekit_ace.matrix.workload import working_numbers
+from mergekit_ace.matrix.workload import unrefined_numbers, working_numbers
+from mergekit_ace.methods.ace import Ace
 from tests.device.pretended import AVAILABLE, PretendedAccelerator
 from tests.family.cases import Case, cases, drawn
 
@@ -67,6 +68,23 @@ def test_a_covariance_merge_keeps_the_bound_of_its_memory(shape: tuple[int, int]
             accelerator = merged_on_a_device(case, shape, torch.float32, experts)
             bound = 4 * working_numbers(*shape, experts) + BYTES_OF_SCALARS
             assert accelerator.peak <= bound, case
+
+
+@pytest.mark.parametrize("experts", [2, 5])
+def test_an_output_head_keeps_the_bound_of_its_memory(experts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    m, n = 4000, 24
+    monkeypatch.setattr(blocks, "_OF_A_PRODUCT", 100 * n)
+    monkeypatch.setattr(blocks, "LARGEST_BLOCK", 100 * n)
+    base, updated = drawn(experts, m, n, dtype=torch.float32)
+    parameters = {item.name: item.default for item in Ace().own_parameters} | {"lambda": 1.0}
+    of_heads = Ace().head_parameters(parameters)
+    assert of_heads is not None
+    with PretendedAccelerator() as accelerator:
+        placed = [accelerator.place(tensor, "gpu:0") for tensor in (base, *updated)]
+        experts_there = [Expert(name=str(t), tensor=tensor) for t, tensor in enumerate(placed[1:])]
+        Ace().merge_matrix(TaskVectors(placed[0], experts_there), of_heads)
+    bound = 4 * unrefined_numbers(m, n, experts) + BYTES_OF_SCALARS
+    assert 4 * m * n <= accelerator.peak <= bound
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -1,6 +1,7 @@
 """`merge_method: ace` with no parameters at all, held against its own literal reference."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,25 @@ from tests.zoo.forward import load_and_run
 FLOAT32_TOLERANCE = 20 * FLOAT32_FLOOR
 
 
+# Output heads, and tables that these are tied to: merged by the default as linear maps, without refinement.
+HEADS = {
+    "llama": ["lm_head.weight"],
+    "llama-tied": ["model.embed_tokens.weight"],
+    "gpt2": ["transformer.wte.weight"],
+    "mixtral": ["lm_head.weight"],
+    "roberta": [],
+}
+
+
 def merged_by_default(task_vectors: Sequence[Tensor], weights: Sequence[float] | None, dtype: torch.dtype) -> Tensor:
     return ace_default(task_vectors, weights, dtype)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "roberta", "mixtral"])
+def merged_as_head(task_vectors: Sequence[Tensor], weights: Sequence[float] | None, dtype: torch.dtype) -> Tensor:
+    return ace_default(task_vectors, weights, dtype, spectral_fraction=0.0)
+
+
+@pytest.mark.parametrize("family", HEADS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_default(family: str, dtype: str, tmp_path: Path) -> None:
     suite = make_suite(family, tmp_path, scale=0.1)
@@ -36,9 +51,13 @@ def test_default(family: str, dtype: str, tmp_path: Path) -> None:
     del recipe["parameters"]
     out = mergekit_yaml(recipe, tmp_path / "out")
     reference = reference_for(suite.family, weights=(2.0, 1.0, 0.5))
-    for name, tensor in read_tensors(out).items():
+    merged = read_tensors(out)
+    assert merged.keys() >= set(HEADS[family])
+    for name, tensor in merged.items():
         base, *experts = (c.tensors[name].to(getattr(torch, dtype)) for c in (suite.base, *suite.experts))
-        exact = merge_tensor(name, base, experts, reference, merge=merged_by_default)
+        head = name in HEADS[family]
+        expected = replace(reference, embeddings="ace" if head else "average")
+        exact = merge_tensor(name, base, experts, expected, merge=merged_as_head if head else merged_by_default)
         if torch.equal(exact, base.double()):
             assert torch.equal(tensor, base), name
         elif dtype == "bfloat16":

@@ -360,7 +360,7 @@ def test_the_sentence_of_tables() -> None:
     assert table_merged_as_matrix("wudi") == (
         "embeddings: wudi merges an embedding table or output head as if it were a linear map on shared inputs; the "
         "authors leave such tables out",
-        "Leave embeddings at average, or set it to base.",
+        "Leave embeddings at its default, or set it to base.",
     )
 
 

@@ -206,10 +206,25 @@ def test_vectors_take_the_weighted_mean(case: Case) -> None:
 def test_embedding_tables_are_averaged_kept_or_merged(case: Case, table: str) -> None:
     base, experts = drawn(3, 12, 6)
     mean = sum(experts, torch.zeros(())) / 3
-    torch.testing.assert_close(case.merge(base, experts, name=table), mean)
+    torch.testing.assert_close(case.merge(base, experts, name=table, embeddings="average"), mean)
     assert torch.equal(case.merge(base, experts, name=table, embeddings="base"), base)
     merged = case.merge(base, experts, name=table, embeddings=case.method.name)
     assert torch.equal(merged, case.merge(base, experts))
+
+
+@EVERY
+@pytest.mark.parametrize("table", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_ace_alone_merges_heads_by_default(case: Case, table: str) -> None:
+    """By the solve and its retention bound, in the place of the refinement and of all that concerns adapters."""
+    base, experts = drawn(3, 12, 6)
+    merged = case.merge(base, experts, name=table)
+    if case.method.name == "ace" and "preset" not in case.parameters and table == "lm_head.weight":
+        solve = {"spectral_fraction": 0.0, "correlation_threshold": 0.0}
+        solve["length_bound"] = case.parameters.get("length_bound", False)
+        assert torch.equal(merged, case.merge(base, experts, **solve))
+        assert error(merged, case.merge(base, experts, name=table, embeddings="average"), base) > ROUNDING
+    else:
+        assert torch.equal(merged, case.merge(base, experts, name=table, embeddings="average"))
 
 
 @EVERY

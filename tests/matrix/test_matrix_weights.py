@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_ace.linalg import bfloat16
+from mergekit_ace.linalg import bfloat16, blocks
 from mergekit_ace.matrix import matrix_weights, merge
 from mergekit_ace.matrix.budget import SHARE_OF_ROUNDING
 from mergekit_ace.matrix.expert import Expert
@@ -159,3 +159,16 @@ def test_equal_experts_are_exact_in_bfloat16(monkeypatch: pytest.MonkeyPatch) ->
     thrice = TaskVectors(vectors.base, [Expert(name=str(t), tensor=vectors.experts[0].tensor) for t in range(3)])
     merged = merge_by_covariance(thrice, replace(WITH_MOMENTS, combine_copies=False, bounds=Bounds()))
     torch.testing.assert_close(merged.task_vector, vectors.task_vector(0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_table_is_merged_in_pieces(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows, the last one shorter: the same merge to rounding."""
+    vectors = task_vectors((700, 40), 0.01, "of a fine-tune", dtype)
+    options = replace(WITH_MOMENTS, refinement=None)
+    whole = merge_by_covariance(vectors, options).task_vector
+    monkeypatch.setattr(blocks, "_OF_A_PRODUCT", 64 * 40)
+    assert [piece.stop - piece.start for piece in blocks.row_slices(700, 40)] == [*[64] * 10, 60]
+    pieces = merge_by_covariance(vectors, options).task_vector
+    rounding = torch.finfo(pieces.dtype).eps
+    torch.testing.assert_close(pieces, whole, rtol=0, atol=50 * rounding * float(whole.abs().max()))

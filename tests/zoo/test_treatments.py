@@ -6,7 +6,7 @@ from importlib import resources
 
 import pytest
 
-from mergekit_ace.policy import is_embedding, treatment
+from mergekit_ace.policy import Heads, is_embedding, treatment
 from tests.zoo.owners import Owned, owned, read
 
 ROWS = read()
@@ -128,3 +128,22 @@ def test_every_table_of_mergekits_architectures_is_one() -> None:
 def test_names_of_reports(name: str, shape: tuple[int, ...], kind: str, matrices: str) -> None:
     wanted = "base" if kind in ("matrix", "stack") and matrices == "base" else kind
     assert treatment(name, shape, matrices=matrices).kind == wanted  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "of_heads"),
+    [
+        ("lm_head.weight", 0, {"none": "average", "named": "head", "tied": "head"}),
+        ("lm_head.weight", None, {"none": "average", "named": "head", "tied": "head"}),
+        ("output_projection.weight", None, {"none": "average", "named": "head", "tied": "head"}),
+        ("model.embed_tokens.weight", 0, {"none": "average", "named": "average", "tied": "head"}),
+        ("transformer.wpe.weight", None, {"none": "average", "named": "average", "tied": "average"}),
+        ("model.layers.0.self_attn.q_proj.weight", None, {"none": "matrix", "named": "matrix", "tied": "matrix"}),
+    ],
+)
+def test_output_heads(name: str, axis: int | None, of_heads: dict[Heads, str]) -> None:
+    for heads, kind in of_heads.items():
+        assert treatment(name, (96, 32), vocabulary_axis=axis, embeddings="auto", heads=heads).kind == kind
+        otherwise = treatment(name, (96, 32), vocabulary_axis=axis, embeddings="average", heads=heads).kind
+        assert otherwise == ("matrix" if kind == "matrix" else "average")
+    assert treatment("lm_head.bias", (96,), vocabulary_axis=0, embeddings="auto", heads="tied").kind == "average"

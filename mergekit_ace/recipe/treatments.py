@@ -1,0 +1,22 @@
+"""The treatment that a planned tensor gets from the method of its recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mergekit_ace.methods.layerwise import LayerwiseMethod
+from mergekit_ace.methods.output_head import heads_of
+from mergekit_ace.policy import Treatment
+from mergekit_ace.recipe.plan import PlannedTensor
+
+
+def treated(method: LayerwiseMethod, tensor: PlannedTensor, shape: Sequence[int]) -> Treatment:
+    """As `LayerwiseMethod.treat`.
+
+    Args:
+        method: of the recipe.
+        tensor: planned.
+        shape: as stored.
+    """
+    heads = heads_of([tensor.base, *tensor.experts])
+    return method.treat(tensor.name, shape, tensor.vocabulary_axis, tensor.shared_parameters, heads=heads)

@@ -25,6 +25,7 @@ from mergekit_ace.engine.events import Event
 from mergekit_ace.engine.merging import Outcome, Request
 from mergekit_ace.engine.merging import merge as run_merge
 from mergekit_ace.engine.part import Part
+from mergekit_ace.engine.workers.cluster import LOCAL
 from mergekit_ace.engine.workers.staffing import Staff
 from mergekit_ace.printable import printable
 from mergekit_ace.recipe.findings import Finding
@@ -103,7 +104,7 @@ def _parse_bytes(ctx: click.Context, param: click.Parameter, value: str | None) 
     "--ray",
     metavar="ADDRESS",
     is_flag=False,
-    flag_value="local",
+    flag_value=LOCAL,
     help="Share the merge on the Ray cluster at this address, or on a new one on this machine",
 )
 @click.option(
@@ -176,13 +177,15 @@ def merge(
     with reported(traceback=merge_options.verbosity > 0):
         merge_options.apply_global_options()  # type: ignore[no-untyped-call]
         mergekit_ace.register()
+        here = _on_this_machine(merge_options, ray)
+        require_device(here)
         options = _on_devices(merge_options)
         recipe = read_recipe(config_file)
         if adapter:
             write_adapter(recipe.config, config_file, out_path, options, rank=rank, overwrite=overwrite)
             _show(check_unread(recipe))
             return
-        warnings = require_sound_inputs(recipe, options, strict=strict)
+        warnings = require_sound_inputs(recipe, here, strict=strict)
         request = Request(
             recipe=recipe,
             options=options,
@@ -210,10 +213,14 @@ def _show(findings: Iterable[Finding]) -> None:
 
 def _on_devices(options: MergeOptions) -> MergeOptions:
     """The options with `--multi-gpu` as what it means here: one worker a GPU."""
-    require_device(options)
-    if options.multi_gpu:
-        options = options.model_copy(update={"cuda": True, "device": "cuda"})
-    return options
+    return options.model_copy(update={"cuda": True, "device": "cuda"}) if options.multi_gpu else options
+
+
+def _on_this_machine(options: MergeOptions, ray: str | None) -> MergeOptions:
+    """What this machine must have for a merge: no device where a Ray cluster's nodes have them."""
+    if ray in (None, LOCAL):
+        return options
+    return options.model_copy(update={"cuda": False, "multi_gpu": False, "device": None})
 
 
 def _show_plan(request: Request) -> None:

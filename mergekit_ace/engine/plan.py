@@ -63,7 +63,7 @@ class MergePlan(BaseModel, frozen=True, extra="forbid"):
     merge: Merge
     shards: tuple[Shard, ...]
     inputs: dict[str, Fingerprint]
-    """Every file that is read, by `MODEL/FILE`: weights, configurations, tokenizers."""
+    """Every file that is read, by `MODEL/FILE`: weights, configurations, tokenizers; second moments by their path."""
 
     def key(self, shard: Shard) -> str:
         """Tells two versions of a shard apart, other than by the weights that it is made from."""
@@ -143,13 +143,15 @@ def read_inputs(plan: Plan) -> dict[str, Fingerprint]:
 
 
 def input_files(plan: Plan) -> dict[str, Path]:
-    """Every file that the merge reads, by `MODEL/FILE`."""
+    """Every file that the merge reads, by `MODEL/FILE`, and the recipe's `moments` folders, by their path."""
     files: dict[str, Path] = {}
     for model in plan.models:
         folder = plan.folder(model)
         weights = {file for tensor in plan.tensors if tensor.reads(model) for at, file in tensor.files if at == model}
         files |= {_key(model, name): folder / name for name in weights}
         files |= {_key(model, file.name): file for file in describing_files(folder)}
+    for moments in {str(tensor.shared_parameters.get("moments") or "") for tensor in plan.tensors} - {""}:
+        files |= {str(file): file for file in Path(moments).glob("*") if file.is_file()}
     return files
 
 

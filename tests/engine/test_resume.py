@@ -14,6 +14,7 @@ from mergekit_ace.engine.unfinished import Unfinished
 from tests.checkpoints import edit_tensors, make_suite
 from tests.cli.conftest import Invoke
 from tests.cli.test_merge import files
+from tests.moments.conftest import make_scene
 
 OPTIONS = ("--quiet", "--no-copy-tokenizer", "--out-shard-size", "15K")
 FINISHED = 4
@@ -179,3 +180,41 @@ def test_an_input_that_changes_during_the_merge_is_an_error(interrupted: Interru
     assert result.exit_code == 1
     assert "inputs must not change during a merge" in result.output
     assert shard.name in result.output
+
+
+def test_everything_is_made_again_where_the_second_moments_are_others(
+    tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = make_scene(tmp_path)
+    moments = tmp_path / "moments"
+    document = yaml.safe_load(scene.recipe.read_text())
+    recipe = tmp_path / "with-moments.yml"
+    recipe.write_text(yaml.safe_dump({**document, "parameters": {"moments": str(moments)}}))
+    names = ("expert0", "expert1")
+
+    def measure(start: int) -> None:
+        prompts = [f"{name}={scene.prompts(f'{name}.txt', start=start + 31 * t)}" for t, name in enumerate(names)]
+        shutil.rmtree(moments, ignore_errors=True)
+        result = scene.measure("--prompts", prompts[0], "--prompts", prompts[1])
+        assert result.exit_code == 0, result.output
+
+    measure(0)
+    make, made = ShardMaker.make, list[str]()
+
+    def stopping(maker: ShardMaker, shard: Shard) -> Unfinished:
+        made.append(shard.file)
+        if len(made) == FINISHED:
+            raise OSError(28, "No space left on device")
+        return make(maker, shard)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardMaker, "make", stopping)
+        assert invoke("merge", recipe, tmp_path / "out", *OPTIONS).exit_code == 1
+    measure(5)
+    result = invoke("merge", recipe, tmp_path / "out", *OPTIONS, "--resume")
+    assert result.exit_code == 0, result.output
+    assert "finished file" not in result.output
+    assert invoke("merge", recipe, tmp_path / "anew" / "out", *OPTIONS).exit_code == 0
+    assert files(tmp_path / "out") == files(tmp_path / "anew" / "out")
+    inputs = json.loads((tmp_path / "out" / "mergekit-ace.json").read_text())["inputs"]
+    assert {str(file) for file in moments.iterdir()} <= set(inputs)

@@ -1,5 +1,6 @@
 """Several processes give the bytes of one; what stops one of them is named, and the merge can be gone on with."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -15,8 +16,10 @@ import torch
 import yaml
 from click.testing import Result
 
+from mergekit_ace.engine.merging import Site
 from mergekit_ace.engine.workers import processes
 from mergekit_ace.engine.workers.processes import Processes
+from mergekit_ace.engine.workers.staffing import Staff
 from tests.checkpoints import add_adapter, edit_tensors, make_suite
 from tests.cli.conftest import Invoke
 from tests.cli.test_merge import files
@@ -181,6 +184,24 @@ def test_a_device_that_is_not_there_is_one_message(
     assert result.exit_code == 1
     assert f"{flag}: torch {torch.__version__} finds no" in result.output
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--cuda", "--multi-gpu"])
+def test_the_devices_of_a_ray_cluster_need_not_be_on_this_machine(
+    flag: str, folder: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, bool, str | None]] = []
+
+    def employ(staff: Staff, site: Site) -> contextlib.AbstractContextManager[Any]:
+        options = site.request.options
+        asked.append((str(staff.ray), options.device == "cuda", options.device))
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(Staff, "__call__", employ)
+    result = invoke("merge", folder / "full.yml", tmp_path / "out", *OPTIONS, flag, "--ray", "ray://head:10001")
+    assert "enough" in result.output
+    assert asked == [("ray://head:10001", True, "cuda")]
 
 
 def test_a_dry_run_says_the_plan_and_makes_nothing(folder: Path, tmp_path: Path, invoke: Invoke) -> None:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from mergekit.common import dtype_from_name
@@ -14,6 +13,7 @@ from rich.filesize import decimal
 
 from mergekit_ace.checkpoints.headers import TensorHeader
 from mergekit_ace.checks.devices import missing_device
+from mergekit_ace.checks.memory import available_memory
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.recipe.arithmetic import Arithmetic
 from mergekit_ace.recipe.findings import Finding
@@ -154,13 +154,3 @@ def _free_on(device: torch.device) -> int | None:
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return int(torch.cuda.mem_get_info(device)[0])
-
-
-def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Bytes that programs can get on this machine: what is free, and what files in memory release; None: unknown."""
-    try:
-        lines = meminfo.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    kilobytes = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-    return None if kilobytes is None else 1024 * kilobytes

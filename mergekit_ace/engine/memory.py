@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergekit_ace.checks.cost import available_memory
+from mergekit_ace.checks.memory import available_memory
 
 _SHARE_OF_FREE = 0.8
 

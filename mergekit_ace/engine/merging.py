@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,7 +137,7 @@ def merge(request: Request, employ: Employ, watch: Watcher = lambda event: None)
         now = list(made)
         receipts = [*taken.values(), *now]
         remove_unfinished(folder)
-        for receipt in now:
+        for receipt in receipts:
             _require_not_replaced(folder / receipt.file, receipt)
         _finish(request, work, receipts, stage.folder)
         counts = dict(treatments(plan))
@@ -198,10 +198,20 @@ def _take(work: MergePlan, folder: Path, stage: Stage) -> dict[str, Receipt]:
             and _is_as_written(folder / shard.file, receipt)
         ):
             taken[shard.file] = receipt
-    for file in [*folder.iterdir(), *stage.receipts.iterdir()]:
-        if file.is_file() and file.name.removesuffix(".json") not in taken:
-            file.unlink()
+    if folder != stage.folder:
+        _remove_all_but({folder.name}, stage.folder)
+    _remove_all_but(set(taken), folder)
+    _remove_all_but({f"{file}.json" for file in taken}, stage.receipts)
     return taken
+
+
+def _remove_all_but(names: Collection[str], folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.name not in names:
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
 
 def _is_as_written(file: Path, receipt: Receipt) -> bool:
@@ -222,7 +232,6 @@ def _require_not_replaced(file: Path, receipt: Receipt) -> None:
 
 def _write_others(request: Request, plan: Plan, folder: Path) -> None:
     if request.is_part:
-        shutil.rmtree(folder / parts.FILES, ignore_errors=True)  # an earlier run's
         (folder / parts.FILES).mkdir()
         write_files(plan, request.recipe.text, folder / parts.FILES, parts.CARD_NAME)
     else:

@@ -1,10 +1,8 @@
 """Estimates: what each method is counted at, and how a machine's speed is measured."""
 
-from pathlib import Path
-
 import pytest
 
-from mergekit_ace.checks.cost import available_memory, per_cube
+from mergekit_ace.checks.cost import per_cube
 from mergekit_ace.methods.catalogue import METHODS
 from mergekit_ace.recipe.arithmetic import Arithmetic, arithmetic_of
 
@@ -77,11 +75,3 @@ def test_a_slow_machine_is_measured_by_a_small_probe() -> None:
 
     assert per_cube(seconds) == pytest.approx(1e-9)
     assert sizes == [512]
-
-
-def test_what_files_in_memory_give_back_is_available(tmp_path: Path) -> None:
-    """Free alone is little on any machine that has read a model."""
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal:  24684084 kB\nMemFree:  303504 kB\nMemAvailable:  10341928 kB\nBuffers: 252452 kB\n")
-    assert available_memory(meminfo) == 10341928 * 1024
-    assert available_memory(tmp_path / "nowhere") is None

@@ -163,6 +163,20 @@ def test_everything_is_made_again_where_the_merge_is_another(what: str, interrup
     assert set(interrupted.finished) <= set(interrupted.made)
 
 
+@pytest.mark.parametrize("flags", [(), ("--part", "1/1")], ids=["whole", "part"])
+def test_nothing_else_of_an_earlier_run_is_published(
+    flags: tuple[str, ...], interrupted: Interrupted, tmp_path: Path
+) -> None:
+    """The run that was interrupted made a whole model, and one before it a part."""
+    new = interrupted.partial / "new" / "out"
+    for folder in ("tensors", "files", "additional_chat_templates"):
+        (new / folder).mkdir()
+        (new / folder / "left.json").write_text("{}")
+    assert interrupted.run("--resume", *flags).exit_code == 0
+    assert interrupted.invoke("merge", interrupted.recipe, tmp_path / "anew", *OPTIONS, *flags).exit_code == 0
+    assert sorted(files(interrupted.out)) == sorted(files(tmp_path / "anew"))
+
+
 def test_an_input_that_changes_during_the_merge_is_an_error(interrupted: Interrupted) -> None:
     shard = sorted(interrupted.expert.glob("*.safetensors"))[0]
     interrupted.fail = False

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.util
 import logging
+import os
 import secrets
 import time
 from collections import Counter
@@ -50,6 +51,9 @@ def cluster(job: Job, site: Site, *, address: str, count: int | None, gpus: bool
     ray = _ray()
     outer = ray.is_initialized()
     if not outer:
+        if address == LOCAL:
+            # Ray's workers are nice, and starve beside other work.
+            os.environ.setdefault("RAY_worker_niceness", "0")
         ray.init(
             address=address,
             include_dashboard=False if address == LOCAL else None,

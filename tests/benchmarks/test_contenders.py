@@ -9,6 +9,7 @@ from benchmarks.experiment.contenders import (
     consensus_sum,
     knots_ties,
     norm_weighted_mean,
+    regression_mean,
     robust_factors,
     spectral_truncated_mean,
 )
@@ -57,6 +58,21 @@ def test_star_by_hand() -> None:
     # 3 of 4 is more than 40 percent, and is scaled to the whole of 4; the other has one direction.
     merged = spectral_truncated_mean([torch.diag(torch.tensor([3.0, 1.0])), SECOND])
     torch.testing.assert_close(merged, torch.diag(torch.tensor([2.0, 1.0])))
+
+
+def test_regression_mean_by_hand() -> None:
+    # Nine tenths of the first moment's 10 are kept: (D_1 S_1 + D_2 S_2) (S_1 + S_2)^-1 with S_1 = [[20, 9], [9, 10]].
+    D = [torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, -1.0]])]
+    C = [torch.tensor([[20.0, 10.0], [10.0, 10.0]]), torch.tensor([[0.0, 0.0], [0.0, 40.0]])]
+    # the numerator is [38, 29] + [0, -40], and the system [[20, 9], [9, 50]]
+    expected = torch.tensor([[38.0, -11.0]]) @ torch.tensor([[50.0, -9.0], [-9.0, 20.0]]) / (20 * 50 - 81)
+    torch.testing.assert_close(regression_mean(D, C), expected)
+
+
+def test_regression_mean_of_inputs_that_are_always_zero_is_finite() -> None:
+    C = [torch.diag(torch.tensor([1.0, 0.0])), torch.diag(torch.tensor([3.0, 0.0]))]
+    merged = regression_mean([torch.tensor([[1.0, 5.0]]), torch.tensor([[5.0, 1.0]])], C)
+    torch.testing.assert_close(merged, torch.tensor([[4.0, 0.0]]))
 
 
 def test_robust_merge_by_hand() -> None:

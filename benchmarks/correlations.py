@@ -5,8 +5,8 @@ python -m benchmarks.correlations SUITE...     # suites of chat models: llm, llm
 Each expert is run on training rows of its own task. Measured are `C = sum x x^T` of a layer's inputs and
 `K = sum g g^T` of the loss's gradients for its outputs; `D^T D` and `D D^T` of the update `D` estimate them, as they
 are and shrunk as the default shrinks them. Agreement is the cosine `<A, B> / (||A|| ||B||)`; that of the identity with
-the measured moment is what an estimate without any information has. A sequence's first token is left out: its
-activations are hundreds of times those of the others, whatever the text.
+the measured moment is what an estimate without any information has. The first token, which all texts share, is left
+out.
 """
 
 import random

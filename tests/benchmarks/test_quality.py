@@ -123,6 +123,22 @@ def test_the_byte_level_tokenizer_gives_the_codes(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer("a b").input_ids) == "a b"
 
 
+def test_regmean_takes_each_experts_own_inputs(builds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = []
+    real = merging.measure_moments
+
+    def noting(setting, base, experts, prompts, out):  # type: ignore[no-untyped-def]
+        real(setting, base, experts, prompts, out)
+        sources.append(json.loads((out / "moments.json").read_text())["by"])
+
+    monkeypatch.setattr(merging, "measure_moments", noting)
+    assert run(builds, tmp_path, "--methods", "regmean*", "--methods", "average").exit_code == 0
+    assert sources == ["expert"]
+    saved = json.loads((tmp_path / "quality-tiny.json").read_text())
+    assert not saved["failures"]
+    assert len(saved["rows"]) == 2
+
+
 @pytest.mark.parametrize("kind", ["digits", "decoder", "encoder"])
 def test_the_kinds_with_prompts_are_listed(kind: str) -> None:
     assert isinstance(kind_of(Suite(name=kind, kind=kind, experts=())), KindWithPrompts) == (kind in KINDS_WITH_PROMPTS)

@@ -98,11 +98,12 @@ def _idle(file: Path, headers: Mapping[str, TensorHeader], config: peft.PeftConf
 
 
 def _halves(headers: Mapping[str, TensorHeader]) -> list[str]:
-    """Factors of low-rank updates whose counterpart is not there."""
+    """Factors of low-rank updates whose counterpart is not there; the bias that `lora_bias` puts on B has none."""
     return [
         name
         for name in headers
         if (found := _PAIR.search(name))
+        and not name.endswith(".bias")
         and f"{name[: found.start(1)]}{_OTHER[found[1]]}{name[found.end(1) :]}" not in headers
     ]
 

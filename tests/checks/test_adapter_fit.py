@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from mergekit_ace.checks.adapter_fit import check_fit
 from mergekit_ace.cli import main
@@ -119,6 +119,16 @@ def test_one_factor_alone_is_no_update(factor: str, llama: Suite, adapter: Path,
     assert finding.level == "error"
     assert "must hold both factors of an update; base_model.model.model.layers.0" in finding.what
     assert "and 3 more has one alone" in finding.what
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of peft, on saving its own biases
+def test_biases_of_an_adapter_are_in_one_factor_alone(tmp_path: Path) -> None:
+    base = make_suite("roberta", tmp_path, experts=1).base.path
+    config = peft.LoraConfig(r=2, target_modules=["query"], lora_bias=True, init_lora_weights=False)
+    peft.get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), config).save_pretrained(
+        tmp_path / "a"
+    )
+    assert findings(base, tmp_path / "a") == []
 
 
 def test_layers_that_are_not_there_are_a_warning(llama: Suite, adapter: Path, tmp_path: Path) -> None:

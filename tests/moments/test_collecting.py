@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tokenizers import normalizers
 from torch import Tensor
@@ -262,3 +263,17 @@ def test_a_folder_that_holds_something_is_kept(scene: Scene) -> None:
     result = scene.measure("--prompts", f"expert0={scene.prompts('a.txt')}")
     assert "moments must be new or an empty folder" in result.output
     assert (scene.folder / "moments" / "mine.txt").read_text() == "mine"
+
+
+def test_a_table_that_is_the_head_too_is_measured_where_it_is_merged_as_a_matrix(make: Make) -> None:
+    """By the inputs of the head, which are those after the last norm."""
+    scene = make("llama-tied")
+    document = yaml.safe_load(scene.recipe.read_text())
+    scene.recipe.write_text(yaml.safe_dump({**document, "parameters": {"embeddings": "ace"}}))
+    prompts = scene.prompts("a.txt")
+    result = scene.measure("--prompts", f"expert0={prompts}")
+    assert result.exit_code == 0, result.output
+    index = read_index(scene.folder / "moments")
+    model = AutoModelForCausalLM.from_pretrained(scene.suite.base.path)
+    expected = by_hand(model, scene.suite.base.path, prompts, "lm_head")
+    assert_moment(moment(scene.folder / "moments", index, "expert0", "model.embed_tokens.weight"), expected)

@@ -11,6 +11,7 @@ import pytest
 from mergekit_ace.engine.receipt import Maker, Receipt
 from mergekit_ace.engine.shards import Shard
 from mergekit_ace.engine.workers import cluster
+from mergekit_ace.engine.workers.actor import Actor
 from mergekit_ace.engine.workers.cluster import RayWorkers, cpus_each
 from mergekit_ace.engine.workers.processes import WorkerError
 
@@ -221,6 +222,25 @@ def test_an_error_in_an_actor_ends_the_merge(workers: Any) -> None:
     team, _ = workers([1], fail)
     with pytest.raises(WorkerError, match="No space left on device: 'model-5'"):
         list(team.make(SHARDS))
+
+
+def test_a_worker_of_an_earlier_run_begins_no_file(tmp_path: Path) -> None:
+    """Its driver has ended, and Ray has not noticed yet."""
+    worker, begun = Actor(), []
+
+    class Maker:
+        def make(self, shard: Shard) -> None:
+            begun.append(shard.file)
+
+    worker._maker, worker._shards = Maker(), {shard.file: shard for shard in SHARDS}
+    worker._nonce, worker._nonce_file = "ours", tmp_path / "nonce"
+    worker._nonce_file.write_text("ours")
+    worker.make("model-1")
+    for takes_over in (lambda: worker._nonce_file.write_text("theirs"), worker._nonce_file.unlink):
+        takes_over()
+        with pytest.raises(RuntimeError, match=f"another one writes to {tmp_path}"):
+            worker.make("model-2")
+    assert begun == ["model-1"]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ class Actor:
         self._shards: dict[str, Shard] = {}
         self._open = contextlib.ExitStack()
         self._unfinished: Any = None
+        self._nonce = ""
+        self._nonce_file = Path()
 
     def prepare(self, job_text: str, nonce_file: str, nonce: str, threads: int, neighbours: int) -> None:
         """Look for the shared storage and plan the merge.
@@ -39,14 +41,21 @@ class Actor:
 
         torch.set_num_threads(threads)
         job = Job.model_validate_json(job_text)
-        require_shared(job, Path(nonce_file), nonce)
+        self._nonce, self._nonce_file = nonce, Path(nonce_file)
+        require_shared(job, self._nonce_file, nonce)
         memory = free_memory() if job.memory is None else job.memory
         job = job.model_copy(update={"memory": None if memory is None else memory // neighbours})
         self._maker = self._open.enter_context(opened(job, None, lambda name, seconds: None))
         self._shards = {shard.file: shard for shard in job.plan.shards}
 
     def make(self, file: str) -> list[str]:
-        """Merge a shard's tensors, and return the receipt of the shard before it, which is finished by then."""
+        """Merge a shard's tensors, and return the receipt of the shard before it, which is finished by then.
+
+        Raises:
+            RuntimeError: another run has taken over the folder, as after the end of the driver, which Ray notices late.
+        """
+        if _read(self._nonce_file) != self._nonce:
+            raise RuntimeError(f"workers must be those of one run; another one writes to {self._nonce_file.parent}")
         before, self._unfinished = self._unfinished, self._maker.make(self._shards[file])
         return [] if before is None else [before.receipt().model_dump_json()]
 
@@ -63,11 +72,7 @@ def require_shared(job: Job, nonce_file: Path, nonce: str) -> None:
         RuntimeError: naming the node and the file.
     """
     node = f"node {socket.gethostname()}"
-    try:
-        seen = nonce_file.read_text(encoding="utf-8")
-    except OSError:
-        seen = ""
-    if seen != nonce:
+    if _read(nonce_file) != nonce:
         raise RuntimeError(
             f"every node must see the output folder; {node} does not see {nonce_file.parent} as the driver wrote it. "
             "Put the output on storage that all nodes share"
@@ -82,3 +87,10 @@ def require_shared(job: Job, nonce_file: Path, nonce: str) -> None:
                 f"every node must see the inputs; {node} does not see {place} as the driver does. "
                 "Put the models on storage that all nodes share, at the same path"
             )
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return ""

@@ -20,12 +20,12 @@ and the float64 copy is 128 MB. The embedding table of a 70B model, 1e9 elements
 _OF_A_PRODUCT = 1 << 26
 
 
-def row_slices(m: int, n: int) -> list[slice]:
-    """The rows of an `[m, n]` matrix in pieces of at most 2^26 elements, for products that go row by row.
+def row_slices(m: int, n: int, *, most: int | None = None) -> list[slice]:
+    """The rows of an `[m, n]` matrix in pieces of at most 2^26 elements, or `most`, for products that go row by row.
 
     One piece but for embedding tables and the matrices of the largest models.
     """
-    rows: int = max(1, _OF_A_PRODUCT // max(1, n))
+    rows: int = max(1, (_OF_A_PRODUCT if most is None else most) // max(1, n))
     return [slice(start, min(start + rows, m)) for start in range(0, m, rows)]
 
 
@@ -43,3 +43,18 @@ def blocks(tensor: Tensor) -> tuple[Tensor, ...]:
     if row > most and (tensor.ndim > 2 or row > LARGEST_BLOCK):
         return tuple(block for part in tensor for block in blocks(part))
     return tuple(torch.split(tensor, max(1, most // row)))
+
+
+# On a CPU, 16 MB of float32: the C library maps buffers of more than 32 MB anew each time, and the first writing to
+# them takes several times as long as the arithmetic of a pass. Fewer rows would make products with them slower.
+_PANEL, _FEWEST_ROWS = 1 << 22, 1024
+
+
+def panels(matrix: Tensor) -> list[slice]:
+    """The rows of a matrix in pieces for products: few of them, and small enough for a CPU to use one buffer again.
+
+    On an accelerator `row_slices`, and no more than these anywhere.
+    """
+    m, n = matrix.shape
+    most = _OF_A_PRODUCT if matrix.device.type != "cpu" else min(_OF_A_PRODUCT, max(_PANEL, _FEWEST_ROWS * n))
+    return row_slices(m, n, most=most)

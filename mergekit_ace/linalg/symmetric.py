@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-# With fewer columns a block the products are too thin for the matrix kernels: 192 were slower on two threads.
-_SMALLEST_BLOCK = 256
-_MOST_BLOCKS = 8
+# Thinner products waste the matrix kernels of a CPU; an accelerator wants few and large ones.
+_SMALLEST_BLOCK = 192
+_MOST_BLOCKS_ON_AN_ACCELERATOR = 4
 
 
-def _block_edges(size: int) -> list[int]:
-    blocks = max(1, min(_MOST_BLOCKS, size // _SMALLEST_BLOCK))
-    return [size * i // blocks for i in range(blocks + 1)]
+def _upper_blocks(start: int, stop: int, smallest: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of the blocks on and above the diagonal, by halves, so that most of them are square."""
+    if stop - start < 2 * smallest:
+        yield slice(start, stop), slice(start, stop)
+        return
+    middle = (start + stop) // 2
+    yield slice(start, middle), slice(middle, stop)
+    yield from _upper_blocks(start, middle, smallest)
+    yield from _upper_blocks(middle, stop, smallest)
+
+
+def _blocks_of(target: Tensor) -> Iterator[tuple[slice, slice]]:
+    size = target.shape[0]
+    few = 1 if target.device.type == "cpu" else size // _MOST_BLOCKS_ON_AN_ACCELERATOR
+    return _upper_blocks(0, size, max(_SMALLEST_BLOCK, few))
 
 
 def add_gram_upper_(target: Tensor, rows: Tensor, *, scale: float = 1.0, keep: float = 1.0) -> Tensor:
     """`target = keep * target + scale * rows^T rows`, upper block triangle only, in place.
 
-    The lower half would be the transpose of the upper one: with `b` block columns, `(b + 1) / (2 b)` of the arithmetic
-    of the full product is done. Call `mirror_upper_` once when all is added.
+    The lower half would be the transpose of the upper one: with `b` blocks on the diagonal, `(b + 1) / (2 b)` of the
+    arithmetic of the full product is done. Call `mirror_upper_` once when all is added.
 
     Args:
         target: `[n, n]`; entries below the diagonal blocks are left as they are.
@@ -32,19 +44,19 @@ def add_gram_upper_(target: Tensor, rows: Tensor, *, scale: float = 1.0, keep: f
     Returns:
         `target`.
     """
-    edges = _block_edges(rows.shape[1])
-    for start, stop in itertools.pairwise(edges):
-        target[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:], beta=keep, alpha=scale)
+    for above, beside in _blocks_of(target):
+        target[above, beside].addmm_(rows[:, above].T, rows[:, beside], beta=keep, alpha=scale)
     return target
 
 
 def mirror_upper_(target: Tensor) -> Tensor:
     """Copy the upper triangle of `target` `[n, n]` onto the lower one, in place; diagonal blocks too."""
-    edges = _block_edges(target.shape[0])
-    for start, stop in itertools.pairwise(edges):
-        diagonal = target[start:stop, start:stop]
-        diagonal.copy_(diagonal.triu() + diagonal.triu(1).T)
-        target[stop:, start:stop] = target[start:stop, stop:].T
+    for above, beside in _blocks_of(target):
+        block = target[above, beside]
+        if above == beside:
+            block.copy_(block.triu() + block.triu(1).T)
+        else:
+            target[beside, above] = block.T
     return target
 
 

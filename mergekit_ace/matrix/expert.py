@@ -65,10 +65,13 @@ def voting_experts(experts: Sequence[Expert], *, name: str) -> list[Expert]:
     return voting
 
 
-def difference(tensor: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor - base` in `dtype`, new storage, one buffer of that size and no second one."""
-    widened = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    return widened.sub_(base)
+def difference(tensor: Tensor, base: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+    """`tensor - base` in `dtype`, in `out` or in new storage: one buffer of that size and no second one."""
+    if out is None:
+        out = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    else:
+        out.copy_(tensor)
+    return out.sub_(base)
 
 
 def require_finite_base(base: Tensor, *, name: str) -> None:

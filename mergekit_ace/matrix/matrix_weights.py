@@ -6,30 +6,35 @@
 The same solution of the normal equations, in another order: the system is solved for the `[n, n]` weights and not for
 the `[m, n]` numerator, which is never formed. One expert `r` is a term without a product, and the products multiply
 what the experts disagree by, with weights of norm 1 or so: nothing amplifies their rounding. In float32 the error is a
-third of that of solving for the numerator.
+third of that of solving for the numerator. Where factors are rounded to bfloat16, a multiple of the identity, `p_t`, is
+taken out of the weights before:
+
+    (D_t - D_r) B_t = p_t (D_t - D_r) + (D_t - D_r) (B_t - p_t I)
+
+The first term is exact, and the second one half to three quarters as large as both.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mergekit_ace.linalg import bfloat16
-from mergekit_ace.linalg.blocks import row_slices
 from mergekit_ace.linalg.cholesky import cholesky_factor, solve_right
 from mergekit_ace.linalg.conditioning import condition_number
-from mergekit_ace.linalg.precision import inner_products, squared_norm, squared_norms
-from mergekit_ace.linalg.symmetric import add_gram_upper_, add_to_diagonal_, gram, mirror_upper_
+from mergekit_ace.linalg.precision import squared_norm, squared_norms
+from mergekit_ace.linalg.symmetric import add_to_diagonal_
+from mergekit_ace.matrix import from_reference
 from mergekit_ace.matrix.budget import FOLLOWING, PRODUCTS, error_budget
 from mergekit_ace.matrix.decision import Decision
 from mergekit_ace.matrix.diagnostics import diagnostics_wanted
 from mergekit_ace.matrix.expert import difference
-from mergekit_ace.matrix.normal_equations import NormalEquations, Solution
+from mergekit_ace.matrix.normal_equations import NormalEquations, Solution, response_by_system
 from mergekit_ace.matrix.options import CovarianceOptions
-from mergekit_ace.matrix.refinement import Refinement
 from mergekit_ace.matrix.second_moment import RegularizedMoment, moment_correlation, regularize
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.matrix.workload import by_matrix_weights
@@ -61,10 +66,9 @@ class _MatrixWeights:
         ]
         reference = max(range(len(strength)), key=lambda t: (strength[t], task_vectors.energies[t]))
         tensors = [expert.tensor for expert in task_vectors.experts]
-        pieces = row_slices(*task_vectors.buffer_shape)
         weight = task_vectors.task_vector(reference)
-        # Errors of the pieces add up by their squares.
-        allowed = self.error / math.sqrt((len(tensors) - 1) * len(pieces))
+        # Errors of the products add up by their squares.
+        allowed = self.error / math.sqrt(max(1, len(tensors) - 1))
         weighted, self.weighted = self.weighted, []
         weighted.reverse()
         error = 0.0
@@ -74,17 +78,15 @@ class _MatrixWeights:
                 continue
             weights = solve_right(own, factor)
             del own
-            for rows in pieces:
-                apart = difference(tensor[rows], tensors[reference][rows], task_vectors.dtype)
-                rough, estimate = None, 0.0
-                if allowed > 0:
-                    rough, estimate = bfloat16.product_within(apart, weights, allowed)
-                if rough is None:
-                    weight[rows].addmm_(apart, weights)
-                else:
-                    weight[rows].add_(rough)
-                    error = math.hypot(error, estimate)
-                del apart, rough
+            apart = _Differences(tensor, tensors[reference], task_vectors)
+            estimate = None
+            if allowed > 0:
+                estimate = _add_rough_product_(weight, apart, weights, allowed)
+            if estimate is None:
+                for rows, panel in apart:
+                    weight[rows].addmm_(panel, weights)
+            else:
+                error = math.hypot(error, estimate)
             del weights
         return Solution(
             weight=weight,
@@ -92,20 +94,46 @@ class _MatrixWeights:
             condition=condition,
             products="bfloat16" if error > 0 else None,
             error=error,
-            response=self._response if self.keep_response else None,
+            response=response_by_system(self.system) if self.keep_response else None,
         )
 
-    def _response(self, merged: Tensor, refinement: Refinement | None) -> Tensor:
-        """`<X, N>` with `N = W0 A`, as the solve has it: `tr(W0^T W0 A)`, and of what refinement adds `tr(R^T W0 A)`.
 
-        `R = level U_k V_k^T` of `W0 = U diag(s) V^T` gives `R^T W0 = level V_k diag(s) V_k^T`.
-        """
-        if refinement is None or refinement.triples is None:
-            return inner_products([(gram(merged), self.system)])[0]
-        triples = refinement.triples
-        squared = triples.gram if triples.gram is not None else gram(merged - refinement.update)
-        through = (self.system @ triples.right).mul_(triples.right).double().sum(dim=0) * triples.singular_values
-        return inner_products([(squared, self.system)])[0] + refinement.level * through.sum()
+class _Differences:
+    """`D_t - D_r` in pieces of its rows, as often as it is gone through."""
+
+    def __init__(self, tensor: Tensor, reference: Tensor, task_vectors: TaskVectors) -> None:
+        self.tensor, self.reference, self.task_vectors = tensor, reference, task_vectors
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        for rows in self.task_vectors.row_panels():
+            yield rows, difference(self.tensor[rows], self.reference[rows], self.task_vectors.dtype)
+
+    def sizes(self) -> bfloat16.FactorSizes:
+        """Of the columns, from some of the rows."""
+        rows = slice(None, None, bfloat16.row_step(self.tensor))
+        sample = difference(self.tensor[rows], self.reference[rows], self.task_vectors.dtype)
+        return bfloat16.FactorSizes.of_columns([sample]).times(len(self.tensor) / len(sample))
+
+
+def _add_rough_product_(target: Tensor, apart: _Differences, weights: Tensor, allowed: float) -> float | None:
+    """Add `apart @ weights` with factors in bfloat16, and estimate the error, `||.||_F`; None: it is above `allowed`.
+
+    Nothing is added then.
+    """
+    columns = apart.sizes()
+    # The multiple of the identity that leaves the least.
+    total = float(columns.squares.sum())
+    level = float(columns.squares @ torch.diagonal(weights).double()) / total if total > 0 else 0.0
+    weights = add_to_diagonal_(weights.clone(), -level)
+    squared = columns.error_with(bfloat16.FactorSizes.of_rows(weights))
+    if squared > allowed**2:
+        return None
+    rounded = weights.bfloat16()
+    for rows, panel in apart:
+        product = bfloat16.product(panel, rounded).to(target.dtype)
+        squared += bfloat16.ROUNDING**2 * float(product.square().sum())
+        target[rows].add_(panel, alpha=level).add_(product)
+    return math.sqrt(squared)
 
 
 def assemble_matrix_weights(
@@ -114,7 +142,7 @@ def assemble_matrix_weights(
     """Assemble the system, and keep every expert's part of it.
 
     Until they are solved at most `T + 4` `[n, n]`, one `[m, n]` and three working-dtype buffers of some of its rows
-    (`row_slices`) are alive at once beyond the inputs.
+    (`panels`) are alive at once beyond the inputs.
 
     Args:
         task_vectors: at least one expert, as `suits` has it.
@@ -122,7 +150,7 @@ def assemble_matrix_weights(
         decision: whether second moments are divided by their traces.
     """
     shares = task_vectors.shares
-    weighted = [_gram_of(task_vectors, t) for t in range(len(shares))]
+    weighted = [task_vectors.gram(t) for t in range(len(shares))]
     squares: list[float] | list[None] = [None] * len(shares)
     if options.needs_moment_norms:
         squares = squared_norms(weighted).tolist()
@@ -151,35 +179,28 @@ def assemble_matrix_weights(
     )
 
 
-def _gram_of(task_vectors: TaskVectors, t: int) -> Tensor:
-    """`D_t^T D_t`, `[n, n]`."""
-    m, n = task_vectors.buffer_shape
-    total = task_vectors.zeros(n, n)
-    for rows in row_slices(m, n):
-        add_gram_upper_(total, task_vectors.rows(t, rows), keep=0.0 if rows.start == 0 else 1.0)
-    return mirror_upper_(total)
-
-
 def suits(task_vectors: TaskVectors, options: CovarianceOptions, decision: Decision) -> bool:
     """Whether a merge can be a mean of matrix weights, and has the least arithmetic then."""
+    if not from_reference.suits(task_vectors, options, decision):
+        return False
     m, n = task_vectors.buffer_shape
-    plain = not (options.second_moment.centered or options.structural_prior or decision.refined_residual)
-    return plain and by_matrix_weights(m, n, len(task_vectors), halved=allowed_error(task_vectors, options) > 0)
+    return by_matrix_weights(m, n, len(task_vectors), halved=allowed_error(task_vectors, options) > 0)
 
 
 def allowed_error(task_vectors: TaskVectors, options: CovarianceOptions) -> float:
     """`||.||_F` that products with factors in bfloat16 may be wrong by; 0 where they are no faster, or too wrong.
 
-    With roundings of `u` and `||B_t||_F^2` of about `n a_t / T`, as weights have that add up to the identity,
+    With roundings of `u` and `||B_t - p_t I||_F^2` of about `n a_t / (2 T)`, as weights have that add up to the
+    identity,
 
-        ||error||_F^2 = 3 u^2 sum_{t != r} (e_t + e_r) a_t / T
+        ||error||_F^2 = u^2 sum_{t != r} (e_t + e_r) a_t / T
 
-    is known before anything is multiplied.
+    is known before anything is multiplied: weights are rounded, and the product, the differences hardly.
     """
     m, n = task_vectors.buffer_shape
     if options.precision == "full" or not bfloat16.is_faster(task_vectors.base.device, m, n):
         return 0.0
-    allowed = PRODUCTS * error_budget(task_vectors, options.precision)
     *others, (largest, _) = sorted(zip(task_vectors.energies, task_vectors.shares, strict=True))
-    squared: float = 3 * math.fsum(share * (energy + largest) for energy, share in others) / len(task_vectors)
-    return allowed if FOLLOWING * bfloat16.ROUNDING * math.sqrt(squared) <= allowed else 0.0
+    squared: float = math.fsum(share * (energy + largest) for energy, share in others) / len(task_vectors)
+    allowed = PRODUCTS * error_budget(task_vectors, options.precision) / FOLLOWING
+    return allowed if bfloat16.ROUNDING * math.sqrt(squared) <= allowed else 0.0

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from mergekit_ace.linalg.precision import squared_norms
+from mergekit_ace.matrix import from_reference, matrix_weights
 from mergekit_ace.matrix.balanced import merge_without_moments
 from mergekit_ace.matrix.bounds import scale_factor
 from mergekit_ace.matrix.budget import PRODUCTS, REFINEMENT, error_budget
 from mergekit_ace.matrix.decision import Decision, decide
 from mergekit_ace.matrix.dense import assemble_dense
-from mergekit_ace.matrix.matrix_weights import assemble_matrix_weights, suits
 from mergekit_ace.matrix.measured import assemble_measured
 from mergekit_ace.matrix.normal_equations import NormalEquations, retention
 from mergekit_ace.matrix.options import CovarianceOptions
@@ -225,11 +225,13 @@ def assemble(task_vectors: TaskVectors, options: CovarianceOptions, decision: De
     if task_vectors.measured:
         return assemble_measured(task_vectors, options, decision)
     factors = row_factors(task_vectors, center=options.second_moment.centered, low_rank=decision.low_rank)
-    if factors is None and suits(task_vectors, options, decision):
-        return assemble_matrix_weights(task_vectors, options, decision)
-    if factors is None:
-        return assemble_dense(task_vectors, options, decision)
-    return assemble_stacked_rows(task_vectors, factors, options, decision)
+    if factors is not None:
+        return assemble_stacked_rows(task_vectors, factors, options, decision)
+    if matrix_weights.suits(task_vectors, options, decision):
+        return matrix_weights.assemble_matrix_weights(task_vectors, options, decision)
+    if from_reference.suits(task_vectors, options, decision):
+        return from_reference.assemble_from_reference(task_vectors, options, decision)
+    return assemble_dense(task_vectors, options, decision)
 
 
 def _averaged(correlation: float | None, threshold: float) -> float:

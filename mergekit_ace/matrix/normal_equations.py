@@ -3,9 +3,10 @@
     X (sum_t a_t Sbar_t + P) = sum_t a_t N_t Sbar_t,    Sbar_t = scale_t G_t + ridge_t I
 
 `G_t` is the Gram matrix of the (centered) task vector, `N_t` the (centered) task vector, `a_t` the expert's share and
-`P` the collective structural prior (ACE, arXiv:2603.02945, Eqs. 11-14). Three routes, equal in exact arithmetic:
-`dense` forms the `[n, n]` system and the numerator, `matrix_weights` the system and its parts, `stacked_rows` the
-`[q, q]` one of the `q < n` rows that all task vectors have together.
+`P` the collective structural prior (ACE, arXiv:2603.02945, Eqs. 11-14). Four routes, equal in exact arithmetic:
+`dense` forms the `[n, n]` system and the numerator, `from_reference` the system and the numerator of what the experts
+differ by, `matrix_weights` the system and its parts, `stacked_rows` the `[q, q]` one of the `q < n` rows that all task
+vectors have together.
 Each is assembled first; whether it is worth solving is known before it is factorized.
 """
 
@@ -18,6 +19,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mergekit_ace.linalg.precision import inner_products
+from mergekit_ace.linalg.symmetric import gram
 from mergekit_ace.matrix.bounds import mean_energy
 from mergekit_ace.matrix.refinement import Refinement
 from mergekit_ace.matrix.second_moment import RegularizedMoment
@@ -77,6 +79,26 @@ def response_to(numerator: Tensor) -> Response:
 
     def response(merged: Tensor, refinement: Refinement | None) -> Tensor:
         return inner_products([(merged, numerator)])[0]
+
+    return response
+
+
+def response_by_system(system: Tensor) -> Response:
+    """Of a solve whose numerator is not kept: `N = W0 A` gives `tr(W0^T W0 A)`, and `tr(R^T W0 A)` of the refinement.
+
+    `R = level U_k V_k^T` of `W0 = U diag(s) V^T` gives `R^T W0 = level V_k diag(s) V_k^T`.
+
+    Args:
+        system: `A = sum_t a_t Sbar_t`, `[n, n]`, of a matrix with `m >= n` whose `W0` is what is refined.
+    """
+
+    def response(merged: Tensor, refinement: Refinement | None) -> Tensor:
+        if refinement is None or refinement.triples is None:
+            return inner_products([(gram(merged), system)])[0]
+        triples = refinement.triples
+        squared = triples.gram if triples.gram is not None else gram(merged - refinement.update)
+        through = (system @ triples.right).mul_(triples.right).double().sum(dim=0) * triples.singular_values
+        return inner_products([(squared, system)])[0] + refinement.level * through.sum()
 
     return response
 

@@ -60,6 +60,8 @@ def row_factors(task_vectors: TaskVectors, *, center: bool, low_rank: float | No
     m, n = task_vectors.shape
     most = min(_LARGEST_RANK, n // (2 * len(task_vectors)))
     worthwhile = low_rank != 0 and min(m, n) >= _SMALLEST_SIDE
+    if not worthwhile and not center:
+        return _all_rows(task_vectors)
     eps = torch.finfo(task_vectors.dtype).eps
     blocks: list[Tensor] = []
     experts: list[ExpertRows] = []
@@ -82,6 +84,21 @@ def row_factors(task_vectors: TaskVectors, *, center: bool, low_rank: float | No
         experts.append(ExpertRows(block=slice(height, height + len(rows)), basis=basis, mean_row=mean_row))
         height += len(rows)
     return RowFactors(rows=torch.cat(blocks), experts=tuple(experts)) if height < n else None
+
+
+def _all_rows(task_vectors: TaskVectors) -> RowFactors | None:
+    """All rows of all task vectors, written where they stay."""
+    m, n = task_vectors.shape
+    height = m * len(task_vectors)
+    if height >= n:
+        return None
+    rows = task_vectors.base.new_empty((height, n), dtype=task_vectors.dtype)
+    experts = []
+    for t in range(len(task_vectors)):
+        block = slice(t * m, (t + 1) * m)
+        task_vectors.task_vector(t, out=rows[block])
+        experts.append(ExpertRows(block=block, basis=None, mean_row=None))
+    return RowFactors(rows=rows, experts=tuple(experts))
 
 
 def _centered(task_vectors: TaskVectors, t: int, *, center: bool) -> tuple[Tensor, Tensor | None]:

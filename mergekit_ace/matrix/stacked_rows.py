@@ -6,6 +6,10 @@ With the rows `Y_t` of every expert scaled by the root of its weight in the syst
 
 so that whatever is a combination of the rows, `J Y`, is solved by a `[q, q]` Cholesky factor alone, without the
 cancellation of the general formula `A^-1 = (I - Y^T (rho I + Y Y^T)^-1 Y) / rho`.
+
+The rows are kept as they are and the scaling beside them: in bfloat16 the rows of task vectors are exact, those of
+scaled ones are not. For products in bfloat16 of task vectors that are rows, a multiple of the task vector is taken out
+of each block of coefficients: that part is exact, and the other one smaller.
 """
 
 from __future__ import annotations
@@ -44,15 +48,18 @@ _LARGE_RIDGE = 30.0
 
 @dataclass(kw_only=True)
 class _StackedRows:
-    """`X = numerator (ridge I + Y Y^T)^-1 Y`, and the prior's row where there is one."""
+    """`X = numerator (ridge I + Y Y^T)^-1 Y`, and the prior's row where there is one, with `Y = diag(scaling) rows`."""
 
     name: str
     inner: Tensor | None
     """`Y Y^T`, `[q, q]`; None once it is factorized."""
     rows: Tensor
-    """`Y`, `[q, n]`."""
+    """`[q, n]`."""
+    scaling: Tensor
+    """`[q]`."""
+    experts: tuple[ExpertRows, ...]
     numerator: Tensor
-    """`[m, q]`, columns of the rows."""
+    """`[m, q]`, columns of `Y`."""
     ridge: float
     prior_scale: float | None
     residual: Tensor | None
@@ -74,8 +81,10 @@ class _StackedRows:
             <X, N> = ||K||^2 - ridge <J, K>,    <level U_k V_k^T, N> = level sum_i <u_i^T (K - ridge J), u_i^T K> / s_i
         """
         if not self.by_coefficients:
-            return response_to(self.numerator @ self.rows)
+            return response_to((self.numerator * self.scaling) @ self.rows)
         numerator, ridge, column_basis = self.numerator, self.ridge, self.column_basis
+        # A sum of so many terms that the rounding of each does not matter.
+        multiply = bfloat16.product if self.error > 0 else torch.matmul
 
         def response(merged: Tensor, refinement: Refinement | None) -> Tensor:
             own, with_coefficients = inner_products([(numerator, numerator), (coefficients, numerator)])
@@ -83,8 +92,8 @@ class _StackedRows:
             if refinement is None or refinement.triples is None:
                 return found
             left = refinement.triples.left if column_basis is None else column_basis @ refinement.triples.left
-            ours = left.mT @ numerator
-            through = ours - ridge * (left.mT @ coefficients)
+            ours = multiply(left.mT, numerator).to(numerator.dtype)
+            through = ours - ridge * multiply(left.mT, coefficients).to(numerator.dtype)
             each = (ours.double() * through.double()).sum(dim=1) / refinement.triples.singular_values
             return found + refinement.level * each.sum()
 
@@ -98,11 +107,12 @@ class _StackedRows:
         coefficients = solve_right(self.numerator, factor)
         weight, error = None, 0.0
         if self.error > 0:
-            weight, error = bfloat16.product_within(coefficients, self.rows, self.error)
-        weight = coefficients @ self.rows if weight is None else weight.to(self.rows.dtype)
+            weight, error = self._rough_weight(coefficients * self.scaling)
+        if weight is None:
+            weight = (coefficients * self.scaling) @ self.rows
         if self.prior_scale is not None:
-            along = self.rows.sum(dim=1)[None] * (self.prior_scale / self.rows.shape[1])
-            add_prior_(weight, (solve_right(along, factor) @ self.rows)[0])
+            along = (self.rows.sum(dim=1) * self.scaling)[None] * (self.prior_scale / self.rows.shape[1])
+            add_prior_(weight, ((solve_right(along, factor) * self.scaling) @ self.rows)[0])
         return Solution(
             weight=weight,
             residual=self.residual,
@@ -113,6 +123,29 @@ class _StackedRows:
             error=error,
             response=self._response(coefficients) if self.keep_numerator else None,
         )
+
+    def _rough_weight(self, coefficients: Tensor) -> tuple[Tensor | None, float]:
+        """`coefficients @ rows` with factors in bfloat16, and its estimated error; None, 0: that is above `error`.
+
+        Args:
+            coefficients: `[m, q]`; overwritten.
+        """
+        sizes = self.rows.square().sum(dim=1)
+        levels = []
+        for rows_t in self.experts:
+            if rows_t.basis is None:
+                diagonal = torch.diagonal(coefficients[:, rows_t.block])
+                # The multiple that leaves the least.
+                level = float((diagonal * sizes[rows_t.block]).sum() / sizes[rows_t.block].sum())
+                diagonal.sub_(level)
+                levels.append((rows_t.block, level))
+        product, error = bfloat16.product_within(coefficients, self.rows, self.error)
+        if product is None:
+            return None, 0.0
+        weight = product.to(self.rows.dtype)
+        for block, level in levels:
+            weight.add_(self.rows[block], alpha=level)
+        return weight, error
 
 
 def assemble_stacked_rows(
@@ -125,7 +158,7 @@ def assemble_stacked_rows(
 
     Args:
         task_vectors: at least one expert.
-        factors: their rows; overwritten.
+        factors: their rows.
         options: which second moment, which ridge, prior or not.
         decision: whether second moments are divided by their traces, and the residual is wanted.
     """
@@ -150,12 +183,11 @@ def assemble_stacked_rows(
     ]
     scaling = torch.cat(
         [
-            rows.new_full((len(rows[rows_t.block]), 1), weight**0.5)
+            rows.new_full((rows_t.block.stop - rows_t.block.start,), weight**0.5)
             for rows_t, weight in zip(experts, weights, strict=True)
         ]
     )
-    rows.mul_(scaling)
-    inner.mul_(scaling).mul_(scaling.mT)
+    inner.mul_(scaling[:, None]).mul_(scaling)
     correlation = None
     if options.correlation_threshold > 0:
         # `||Y^T Y||_F = ||Y Y^T||_F`
@@ -176,9 +208,11 @@ def assemble_stacked_rows(
         numerator[:, rows_t.block] = _expand(rows_t, add_to_diagonal_(block, own * unit))
     return _StackedRows(
         name=task_vectors.name,
-        residual=_residual(task_vectors, factors, inner, units, ridge) if decision.refined_residual else None,
+        residual=_residual(task_vectors, factors, inner, scaling, units, ridge) if decision.refined_residual else None,
         inner=inner,
         rows=rows,
+        scaling=scaling,
+        experts=experts,
         numerator=numerator,
         ridge=ridge,
         prior_scale=prior_scale(task_vectors, normalize=decision.trace_normalized)
@@ -202,7 +236,7 @@ def _allowed_error(task_vectors: TaskVectors, height: int, options: CovarianceOp
 
 
 def _residual(
-    task_vectors: TaskVectors, factors: RowFactors, inner: Tensor, units: list[float], ridge: float
+    task_vectors: TaskVectors, factors: RowFactors, inner: Tensor, scaling: Tensor, units: list[float], ridge: float
 ) -> Tensor:
     """`R = sum_t a_t D_t S_t - (1/T) (sum_t a_t D_t) A` with `A = ridge I + Y^T Y`: `[m, q]` columns times the rows."""
     rows, experts, shares = factors.rows, factors.experts, task_vectors.shares
@@ -212,13 +246,14 @@ def _residual(
         own = inner[rows_t.block, rows_t.block]
         columns[:, rows_t.block] += _expand(rows_t, add_to_diagonal_(own * unit, -ridge * share * unit / count))
         columns.sub_(_expand(rows_t, inner[rows_t.block] * (share * unit / count)))
-    residual = columns @ rows
+    residual = columns.mul_(scaling) @ rows
     if experts[0].mean_row is not None:
         row = torch.zeros_like(rows[0])
         for rows_t in experts:
-            row += (_mean_row(rows_t) @ rows[rows_t.block].mT) @ rows[rows_t.block]
+            block = rows[rows_t.block]
+            row += ((_mean_row(rows_t) @ block.mT) * scaling[rows_t.block].square()) @ block
         mean = _weighted_mean_rows(experts, shares)
-        residual.add_(row - (ridge * mean + (mean @ rows.mT) @ rows) / count)
+        residual.add_(row - (ridge * mean + ((mean @ rows.mT) * scaling.square()) @ rows) / count)
     return residual
 
 

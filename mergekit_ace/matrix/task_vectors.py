@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mergekit_ace.linalg.blocks import blocks
+from mergekit_ace.linalg.blocks import blocks, panels
 from mergekit_ace.linalg.precision import require_full_float32, squared_norms, working_dtype
+from mergekit_ace.linalg.symmetric import add_gram_upper_, mirror_upper_
 from mergekit_ace.matrix.coordinates import Coordinates
 from mergekit_ace.matrix.expert import Expert, difference, require_finite_update, voting_experts
 from mergekit_ace.matrix.storage import (
@@ -209,9 +210,20 @@ class TaskVectors:
         equal = self.statistics[s] == self.statistics[t] and self.experts[s].measured is self.experts[t].measured
         return equal and torch.equal(self.experts[s].tensor, self.experts[t].tensor)
 
-    def task_vector(self, t: int) -> Tensor:
-        """`D_t`, `[m, n]`, working dtype, in storage of its own that the caller may overwrite."""
-        return difference(self.experts[t].tensor, self.base, self.dtype)
+    def task_vector(self, t: int, *, out: Tensor | None = None) -> Tensor:
+        """`D_t`, `[m, n]`, working dtype, in storage of its own that the caller may overwrite; or in `out`."""
+        return difference(self.experts[t].tensor, self.base, self.dtype, out=out)
+
+    def row_panels(self) -> list[slice]:
+        """The rows of `buffer_shape` in pieces for products."""
+        return panels(self.base)
+
+    def gram(self, t: int) -> Tensor:
+        """`D_t^T D_t`, `[n, n]`."""
+        product = self.zeros(self.base.shape[1], self.base.shape[1])
+        for rows in self.row_panels():
+            add_gram_upper_(product, self.rows(t, rows), keep=0.0 if rows.start == 0 else 1.0)
+        return mirror_upper_(product)
 
     def rows(self, t: int, rows: slice) -> Tensor:
         """Some rows of `D_t`, as `task_vector`."""

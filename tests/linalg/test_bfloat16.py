@@ -31,6 +31,32 @@ def test_a_product_is_taken_when_its_estimate_is_within_what_is_allowed() -> Non
     assert bfloat16.product_within(left, right, 0.1 * estimate) == (None, 0.0)
 
 
+def test_factors_that_are_exact_in_bfloat16_add_no_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randint(-255, 256, (200, 300), generator=generator).float()
+    right = torch.randn(300, 80, generator=generator)
+    columns, rows = bfloat16.FactorSizes.of_columns([left[:150], left[150:]]), bfloat16.FactorSizes.of_rows(right)
+    assert float(columns.lost.sum()) == 0
+    torch.testing.assert_close(columns.squares, left.double().square().sum(dim=0))
+    exact = left.double() @ right.double()
+    error = float((left.double() @ right.bfloat16().double() - exact).square().sum())
+    assert columns.error_with(rows) == pytest.approx(error, rel=0.1)
+    found, estimate = bfloat16.product_within(left, right, 1e9)
+    assert found is not None
+    assert float((found.double() - exact).norm()) == pytest.approx(estimate, rel=0.1)
+
+
+def test_a_tall_product_is_estimated_from_some_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bfloat16, "_ENOUGH", 400)
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(1500, 40, generator=generator), torch.randn(40, 50, generator=generator)
+    assert bfloat16.row_step(left) == 3
+    found, estimate = bfloat16.product_within(left, right, 1e9)
+    assert found is not None
+    error = float((found.double() - left.double() @ right.double()).norm())
+    assert error == pytest.approx(estimate, rel=0.1)
+
+
 def test_they_are_chosen_by_what_the_processor_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     for known, expected in (({}, False), ({"avx512_f": True}, False), ({"avx512_bf16": True}, True)):
         bfloat16._multiplies.cache_clear()

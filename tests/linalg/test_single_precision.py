@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergekit_ace.linalg import bfloat16
 from mergekit_ace.linalg.single_precision import estimated_vectors
 from mergekit_ace.linalg.subspace import _CAUTION, dominant_subspace
 from tests.linalg.matrices import of_spectrum
@@ -69,3 +70,23 @@ def test_what_float32_cannot_tell_from_zero_is_taken_in_float64() -> None:
 def test_float64_is_never_lowered() -> None:
     matrix = of_spectrum(SIZE, SIZE, SPECTRA["flat"])
     assert dominant_subspace(matrix, K, error=1.0).estimated_error is None
+
+
+@pytest.mark.parametrize("shape", [(SIZE, SIZE), (SIZE, 3 * SIZE), (2 * SIZE, SIZE)], ids=str)
+def test_products_of_the_vectors_are_in_bfloat16_where_the_error_allows_it(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bfloat16, "is_faster", lambda *_: True)
+    matrix = of_spectrum(*shape, SPECTRA["of a fine-tune"]).float()
+    exact = mean_level(matrix)
+    rough = 0
+    for allowed in (1e-3, 2e-3, 5e-3, 1e-2):
+        allowed *= float(exact.norm())
+        top = dominant_subspace(matrix, K, error=allowed)
+        assert top.estimated_error is not None
+        error = float((top.singular_values.mean() * top.partial_isometry.double() - exact).norm())
+        assert error <= allowed
+        if error > 1e-3 * float(exact.norm()):
+            rough += 1
+            assert error == pytest.approx(top.estimated_error, rel=0.1)
+    assert rough >= 1

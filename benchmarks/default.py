@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results"
 SHAPES = ("2304x768:7", "768x3072:7", "1024x1024:8", "3072x1024:4")
 """Tall, wide and square, of GPT-2 and ViT-L/14."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PEERS = ("tsv_m", "iso_cts")
+PEERS = ("tsv_m", "iso_cts", "swudi")
 LIMITS = {"float32": 2.5, "bfloat16": 4.0}
 ROUNDS, PATIENCE = 5, 20.0
 
@@ -78,7 +78,8 @@ def measure(text: str, dtype: str) -> tuple[Timing, OutputError]:
     shape, experts = parse_shape(place), int(count or 3)
     layer = stored(fine_tuned(shape, experts), DTYPES[dtype])
     runs = {"default": lambda: merge(layer), "literal": contenders.literal(layer, "heterogeneous")}
-    runs |= {name: contenders.peer(layer, name) for name in PEERS}
+    runs |= {name: contenders.peer(layer, name) for name in PEERS if name != "swudi"}
+    runs["swudi"] = contenders.swudi(layer)
     found = race(runs, rounds=ROUNDS, patience=PATIENCE, clock=time.process_time)
     seconds = {name: [round(value, 4) for value in values] for name, values in found.items()}
     row = Timing(study=dtype, model=shape.model, m=shape.m, n=shape.n, experts=experts, seconds=seconds)

@@ -17,6 +17,7 @@ from benchmarks.speed.layers import Layer
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.options import Gate
+from mergekit_ace.matrix.peers.wudi_flow import flow_interference
 from mergekit_ace.matrix.presets import ACE, ACE_PUBLISHED, with_epsilon
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from tests.reference import AceOptions, ace, iso_c, iso_cts, tsv_m, wudi_adam
@@ -34,6 +35,8 @@ OPTIONS = {
 }
 """The published method's two branches, by a threshold that no layer exceeds and one that every layer does; and what
 `merge_method: ace` does when told nothing."""
+# The paper's.
+_FLOW_TIME = 300.0
 RELATIVE_RANK = 1e-5
 """Singular values below this share of the largest are rounding in differences of float32 weights."""
 
@@ -72,6 +75,16 @@ def peer(layer: Layer, name: str, steps: int = 300) -> Merge:
     def merge() -> Tensor:
         with torch.device(layer.base.device):
             return functions[name](task_vectors(layer, torch.float32))
+
+    return merge
+
+
+def swudi(layer: Layer) -> Merge:
+    """`merge_method: wudi` with `solver: flow`, our own: most of its time is an eigendecomposition in any program."""
+
+    def merge() -> Tensor:
+        experts = [Expert(name=str(t), tensor=tensor) for t, tensor in enumerate(layer.experts)]
+        return flow_interference(TaskVectors(layer.base, experts), time=_FLOW_TIME)
 
     return merge
 

@@ -50,6 +50,8 @@ class DominantSubspace:
     """What it is the product of."""
     estimated_error: float | None = None
     """Estimated `||.||_F` of the error of `mean(s_1..s_k) U_k V_k^T`, where float32 was enough; None: in float64."""
+    products: str | None = None
+    """Dtype of the factors of the products with the vectors, where that has fewer digits than the input."""
 
 
 def singular_triples(matrix: Tensor, k: int, *, floor: float = 0.0) -> SingularTriples:
@@ -91,17 +93,15 @@ def dominant_subspace(matrix: Tensor, k: int, *, floor: float = 0.0, error: floa
     if found is None:
         triples = _precise_triples(matrix, k, floor)
         triples = replace(triples, left=triples.left.to(matrix.dtype), right=triples.right.to(matrix.dtype))
-        isometry, estimate = triples.left @ triples.right.mT, None
-    else:
-        triples, isometry, estimate = found
+        found = DominantSubspace(
+            singular_values=triples.singular_values,
+            partial_isometry=triples.left @ triples.right.mT,
+            triples=triples,
+        )
     singular_values = torch.zeros(k, dtype=torch.float64, device="cpu")
-    singular_values[: len(triples.on_host)] = torch.tensor(triples.on_host, dtype=torch.float64, device="cpu")
-    return DominantSubspace(
-        singular_values=singular_values,
-        partial_isometry=isometry,
-        triples=triples,
-        estimated_error=estimate,
-    )
+    numbers = found.triples.on_host
+    singular_values[: len(numbers)] = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    return replace(found, singular_values=singular_values)
 
 
 def isometry_error(spectrum: Tensor, k: int, shape: tuple[int, int], error: float) -> Tensor:
@@ -144,10 +144,8 @@ def rounding_floor(size: float, dtype: torch.dtype) -> float:
     return _RANK_TOLERANCE[dtype] * size
 
 
-def _in_single_precision(
-    matrix: Tensor, k: int, floor: float, error: float
-) -> tuple[SingularTriples, Tensor, float] | None:
-    """The triples, their partial isometry and its estimated error; None where that is more than allowed."""
+def _in_single_precision(matrix: Tensor, k: int, floor: float, error: float) -> DominantSubspace | None:
+    """In float32, with the estimated error; None where that is more than allowed."""
     flip = matrix.shape[0] >= matrix.shape[1]
     wide = matrix.mT if flip else matrix
     found = estimated_vectors(wide, k)
@@ -168,7 +166,13 @@ def _in_single_precision(
         spectrum=found.spectrum,
         gram=found.gram,
     )
-    return triples, isometry, math.hypot(found.error, level * of_vectors, level * of_isometry)
+    return DominantSubspace(
+        singular_values=found.singular_values,
+        partial_isometry=isometry,
+        triples=triples,
+        estimated_error=math.hypot(found.error, level * of_vectors, level * of_isometry),
+        products="bfloat16" if of_vectors > 0 or of_isometry > 0 else None,
+    )
 
 
 def _product(left: Tensor, right: Tensor, allowed: float) -> tuple[Tensor, float]:

@@ -204,7 +204,7 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         condition=solution.condition,
         refinement=refinement,
         refinement_norm=refinement.norm if refinement else None,
-        products=solution.products,
+        products=solution.products or (refinement.products if refinement else None),
         eigendecomposition=refinement.precision if refinement else None,
         retention=kept,
         scale_factor=factor,

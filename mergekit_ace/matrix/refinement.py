@@ -22,6 +22,8 @@ class Refinement:
     """`[m, n]`."""
     estimated_error: float | None
     """Estimated `||.||_F` of the update's error, where the eigendecomposition was one in float32; None: in float64."""
+    products: str | None
+    """Dtype of the factors of products that have fewer digits than the working dtype; None: none has."""
     triples: SingularTriples | None
     """Of `F`, or of `Q^T F` where a column basis was given; None once nothing needs them."""
 
@@ -69,5 +71,6 @@ def spectral_refinement(
         norm=norm,
         update=update.mul_(level),
         estimated_error=None if top.estimated_error is None else scale * top.estimated_error,
+        products=top.products,
         triples=top.triples,
     )

@@ -31,7 +31,7 @@ def test_rows_are_kept_and_the_page_has_its_targets(tmp_path: Path) -> None:
     assert [(row.study, row.m, row.n, row.experts) for row in record.timings] == [
         (dtype, *place) for dtype in ("float32", "bfloat16") for place in ((48, 32, 3), (32, 48, 2))
     ]
-    assert all(row.seconds.keys() == {"default", "literal", "tsv_m", "iso_cts"} for row in record.timings)
+    assert all(row.seconds.keys() == {"default", "literal", "tsv_m", "iso_cts", "swudi"} for row in record.timings)
     page = (tmp_path / "default.md").read_text(encoding="utf-8")
     assert "literal / default, bfloat16 in and out" in page
     assert "not measured" not in page
@@ -40,11 +40,11 @@ def test_rows_are_kept_and_the_page_has_its_targets(tmp_path: Path) -> None:
 def test_targets_are_taken_from_the_rows_of_their_dtype() -> None:
     record = Record()
     for dtype, ours, error in (("float32", 1.0, 3.0), ("bfloat16", 0.5, 0.01)):
-        seconds = {"default": [ours], "literal": [2.0], "tsv_m": [4.0], "iso_cts": [4.0]}
+        seconds = {"default": [ours], "literal": [2.0], "tsv_m": [4.0], "iso_cts": [4.0], "swudi": [8.0]}
         place = {"model": "x", "m": 4, "n": 4, "experts": 2}
         record.add(Timing(study=dtype, **place, seconds=seconds, errors={"output": error}))
     values = [target.value for target in default.targets(record)]
-    assert values == pytest.approx([2.0, 4.0, 2.0, 32**0.5, 32**0.5, 0.01])
+    assert values == pytest.approx([2.0, 4.0, 2.0, 32**0.5, 32**0.5, 128**0.5, 0.01])
 
 
 def test_real_models_matrix_by_matrix(tmp_path: Path) -> None:

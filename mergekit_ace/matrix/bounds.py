@@ -41,9 +41,9 @@ def longest_allowed(
     """The largest `||X||_F` that a length bound allows.
 
     With `E = mean_t(a_t e_t)`: `sqrt(T_eff E)`, the length of the sum of `T_eff` orthogonal updates (`orthogonal`);
-    `2 sum_t a_t sqrt(e_t)`, twice all updates laid end to end (`end_to_end`). Updates of low rank are held to
-    `sqrt(sqrt(T_eff) E)`, half the way from one update to `T_eff` orthogonal ones; between full and low rank the bound
-    is the geometric mean, weighted by how far they are of low rank.
+    `2 sum_t a_t sqrt(e_t)`, twice all updates laid end to end (`end_to_end`, `by_size`). Updates of low rank are held
+    to `sqrt(sqrt(T_eff) E)`, half the way from one update to `T_eff` orthogonal ones; between full and low rank the
+    bound is the geometric mean, weighted by how far they are of low rank.
 
     Args:
         task_vectors: of the matrix.
@@ -54,7 +54,7 @@ def longest_allowed(
     if bound == "none" or independent is None:
         return math.inf
     energy = mean_energy(task_vectors)
-    if bound == "end_to_end":
+    if bound in ("end_to_end", "by_size"):
         norms = (share * e**0.5 for share, e in zip(task_vectors.shares, task_vectors.energies, strict=True))
         full = _TIMES_END_TO_END * math.fsum(norms)
     else:
@@ -63,13 +63,22 @@ def longest_allowed(
     return math.pow(full, 1 - low_rank) * math.pow(low, low_rank)
 
 
-def scale_factor(length: float, *, retention: float | None, longest: float) -> float:
-    """What to multiply a merged task vector by, in `(0, 1]`, so that it keeps both bounds.
+def scale_factor(
+    length: float, *, retention: float | None, longest: float, orthogonal: float = math.inf, large: float = 0.0
+) -> float:
+    """What to multiply a merged task vector by, in `(0, 1]`, so that it keeps its bounds.
+
+    What is beyond the sum of orthogonal updates is taken off as far as the updates are large for the base, on a
+    logarithmic scale: `||X||^(1 - w) o^w` is left of `||X|| > o`.
 
     Args:
         length: `||X||_F`.
         retention: the mean response under the experts' second moments, relative to their own; None: no bound.
         longest: that `||X||_F` may be.
+        orthogonal: `o`, the length of the sum of `T_eff` orthogonal updates.
+        large: `w`, from 0 for small updates to 1.
     """
     factor = 1.0 if retention is None or retention <= 1 else 1 / retention
+    if large > 0 and factor * length > orthogonal:
+        factor *= (orthogonal / (factor * length)) ** large
     return min(factor, longest / length) if length > 0 else factor

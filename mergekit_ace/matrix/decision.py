@@ -57,6 +57,10 @@ class Decision:
     """How many independent updates the experts' amount to; None where no part asks for it."""
     longest: float
     """The largest `||X||_F`."""
+    large: float = 0.0
+    """How far the updates are large for their base, from 0 to 1; 0 where no part asks for it."""
+    orthogonal: float = math.inf
+    """`||.||_F` of the sum of `T_eff` orthogonal updates, where a bound by size asks for it."""
 
     @property
     def least_shrinkage(self) -> float:
@@ -87,7 +91,9 @@ def decide(task_vectors: TaskVectors, options: CovarianceOptions) -> Decision:
     low_rank = low_rank_share(task_vectors) if options.needs_rank else None
     # Held nearer because few rows estimate little. A measured second moment needs that no more, but the network does
     # where the updates are large for its weights: what was added up is then noise to every expert.
-    held = (low_rank or 0.0) * (large_share(task_vectors) if task_vectors.measured else 1.0)
+    large = large_share(task_vectors) if options.needs_size or task_vectors.measured else 0.0
+    held = (low_rank or 0.0) * (large if task_vectors.measured else 1.0)
+    by_size = options.bounds.length == "by_size"
     return Decision(
         heterogeneity=spread,
         heterogeneous=heterogeneous,
@@ -97,6 +103,10 @@ def decide(task_vectors: TaskVectors, options: CovarianceOptions) -> Decision:
         low_rank=low_rank,
         effective_experts=independent,
         longest=longest_allowed(task_vectors, options.bounds.length, independent=independent, low_rank=held),
+        large=large if options.needs_size else 0.0,
+        orthogonal=longest_allowed(task_vectors, "orthogonal", independent=independent, low_rank=held)
+        if by_size
+        else math.inf,
     )
 
 

@@ -188,10 +188,18 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
     if responses:
         kept = retention(responses[0], moments, task_vectors.shares)
     refinement = refinement and replace(refinement, triples=None)
-    factor = scale_factor(squared_length**0.5, retention=kept, longest=decision.longest)
+    factor = scale_factor(
+        squared_length**0.5,
+        retention=kept,
+        longest=decision.longest,
+        orthogonal=decision.orthogonal,
+        large=decision.large,
+    )
     if factor < 1:
         merged.mul_(factor)
         refinement = refinement and refinement.times_(factor)
+    if options.average_large and decision.large > 0:
+        task_vectors.add_mean_(merged.mul_(1 - decision.large), factor=decision.large)
     if averaged:
         merged.lerp_(_without_moments(task_vectors, options), averaged)
         refinement = refinement and refinement.times_(1 - averaged)

@@ -8,7 +8,7 @@ from typing import Literal
 
 Precision = Literal["auto", "full"]
 HeterogeneityStatistic = Literal["published", "scale_free"]
-LengthBound = Literal["none", "end_to_end", "orthogonal"]
+LengthBound = Literal["none", "end_to_end", "orthogonal", "by_size"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +82,9 @@ class Bounds:
     Attributes:
         retention: the mean response under the experts' regularized second moments is at most the experts' own.
         length: `orthogonal`: `||X||_F` is at most that of the sum of `T_eff` orthogonal updates; `end_to_end`: at most
-            twice the sum of all updates' norms. Either way updates of low rank, whose few rows leave the solve free to
-            exaggerate, are held to `sqrt(T_eff)` orthogonal ones.
+            twice the sum of all updates' norms; `by_size`: that of small updates, `orthogonal` as far as they are large
+            for the base. Either way updates of low rank, whose few rows leave the solve free to exaggerate, are held to
+            `sqrt(T_eff)` orthogonal ones.
     """
 
     retention: bool = False
@@ -103,6 +104,7 @@ class CovarianceOptions:
         correlation_threshold: in `[0, 1]`; updates of low rank whose second moments correlate by less are merged
             without them, because adapters with random input matrices do not determine their inputs. 0: never.
         uncorrelated: how those are merged: by `merge_without_moments`, or as their plain `average`.
+        average_large: the merge is the average as far as the updates are large for the base.
         precision: `full`: as accurate as float32 products and a float64 eigendecomposition are; `auto`: where the
             weights are stored in 16 bits, no more accurate than their rounding asks for (`matrix.budget`).
         combine_copies: count an expert and its exact copies as one of their summed weight.
@@ -118,6 +120,7 @@ class CovarianceOptions:
     bounds: Bounds = field(default_factory=Bounds)
     correlation_threshold: float = 0.0
     uncorrelated: Literal["balanced", "average"] = "average"
+    average_large: bool = False
     combine_copies: bool = False
     precision: Precision = "full"
 
@@ -129,6 +132,11 @@ class CovarianceOptions:
     def needs_agreement(self) -> bool:
         """Whether some part asks for `T_eff`, the number of independent updates."""
         return self.bounds.length != "none" or (self.refinement is not None and self.refinement.by_disagreement)
+
+    @property
+    def needs_size(self) -> bool:
+        """Whether some part asks how large the updates are for their base."""
+        return self.bounds.length == "by_size" or self.average_large
 
     @property
     def needs_rank(self) -> bool:

@@ -29,19 +29,33 @@ ACE_PUBLISHED = CovarianceOptions(
 ACE = CovarianceOptions(
     second_moment=SecondMoment(),
     refinement=SpectralRefinement(fraction=0.3),
-    bounds=Bounds(retention=True, length="end_to_end"),
+    bounds=Bounds(retention=True, length="by_size"),
     correlation_threshold=0.05,
     uncorrelated="balanced",
     combine_copies=True,
     precision="auto",
 )
-"""What `merge_method: ace` does by default: no constant of any model family, and no dependence on the updates' unit.
+"""What `merge_method: ace` does by default: no constant of any model family, and no dependence on the weights' unit.
 
 Identical experts give that expert, an expert and its copy count as one of twice the weight, the mean response under the
-experts' second moments is at most their own, and the merge is no longer than twice the sum of all updates' norms.
+experts' second moments is at most their own, and the merge is no longer than twice the sum of all updates' norms, or
+than the sum of orthogonal updates as far as they are large for the base.
 """
-ACE_0_1 = replace(ACE, uncorrelated="average")
-"""The default of 0.1: adapters whose second moments do not correlate are averaged."""
+ACE_HEAD = replace(
+    ACE,
+    refinement=None,
+    bounds=Bounds(retention=True),
+    correlation_threshold=0.0,
+    uncorrelated="average",
+    average_large=True,
+)
+"""What the default does to an output head: the solve and its retention, and the average as far as updates are large.
+
+Refinement destroys models on a table. A head has rows for all of the vocabulary, so that its updates are no adapters,
+and their rank is not looked for.
+"""
+ACE_0_1 = replace(ACE, uncorrelated="average", bounds=Bounds(retention=True, length="end_to_end"))
+"""The default of 0.1: adapters whose second moments do not correlate are averaged, and large updates are added up."""
 
 ACTMAT = CovarianceOptions(second_moment=SecondMoment(trace_normalized=False))
 """arXiv:2604.01329. The ridge is ours: with a fixed small one it loses whole tasks on real experts."""

@@ -253,6 +253,13 @@ class TaskVectors:
             return rows.add_(row, alpha=factor)
         return rows.addr_(self.coordinates.ones_left, row, alpha=factor)
 
+    def add_mean_(self, target: Tensor, *, factor: float) -> Tensor:
+        """`target + factor sum_t a_t D_t / T`, in place and in pieces of rows."""
+        for t, share in enumerate(self.shares):
+            for rows in self.row_panels():
+                target[rows].add_(self.rows(t, rows), alpha=factor * share / len(self))
+        return target
+
     def mean(self) -> Tensor:
         """`sum_t a_t D_t / T`, `[m, n]`, working dtype."""
         return self.sum().div_(len(self))

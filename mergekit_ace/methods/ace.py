@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from mergekit_ace.matrix.merge import MatrixMerge, merge_by_covariance, takes_measured
 from mergekit_ace.matrix.options import Bounds, CovarianceOptions, Gate, LengthBound, SpectralRefinement
-from mergekit_ace.matrix.presets import ACE, ACE_0_1, ACE_PUBLISHED
+from mergekit_ace.matrix.presets import ACE, ACE_0_1, ACE_HEAD, ACE_PUBLISHED
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.methods.parameters import MOMENTS, Fraction, Positive, Threshold, parameter
@@ -16,7 +16,11 @@ from mergekit_ace.methods.parameters import MOMENTS, Fraction, Positive, Thresho
 Preset = Literal["preset"]
 
 PRESETS: Mapping[str, CovarianceOptions] = {"default": ACE, "0.1": ACE_0_1, "published": ACE_PUBLISHED}
-_LENGTH_BOUNDS: Mapping[object, LengthBound] = {False: "none", True: "orthogonal", "auto": "end_to_end"}
+_LENGTH_BOUNDS: Mapping[object, LengthBound] = {False: "none", True: "orthogonal"}
+
+
+_HEAD = "output_head"
+"""Stands among the parameters in force of an output head; no recipe has it."""
 
 
 class Ace(LayerwiseMethod):
@@ -111,7 +115,7 @@ class Ace(LayerwiseMethod):
 
     def options(self, parameters: Mapping[str, Any]) -> CovarianceOptions:
         """The options of one matrix: the preset's, with what the recipe gives in their place."""
-        preset = PRESETS[parameters["preset"]]
+        preset = ACE_HEAD if parameters.get(_HEAD) else PRESETS[parameters["preset"]]
 
         def given(name: str, otherwise: Any) -> Any:
             return otherwise if parameters[name] == "preset" else parameters[name]
@@ -128,7 +132,7 @@ class Ace(LayerwiseMethod):
             refinement=replace(refinement, fraction=given("spectral_fraction", refinement.fraction)),
             bounds=Bounds(
                 retention=given("retention_bound", preset.bounds.retention),
-                length=_LENGTH_BOUNDS.get(parameters["length_bound"], preset.bounds.length),
+                length=_length_bound(parameters, preset),
             ),
             correlation_threshold=given("correlation_threshold", preset.correlation_threshold),
             # A scale above 1 multiplies the error too, which the budget does not know.
@@ -148,20 +152,15 @@ class Ace(LayerwiseMethod):
             "precision": options.precision,
             "correlation_threshold": options.correlation_threshold,
             "retention_bound": options.bounds.retention,
-            "length_bound": next(word for word, bound in _LENGTH_BOUNDS.items() if bound == options.bounds.length),
+            "length_bound": next(
+                (word for word, bound in _LENGTH_BOUNDS.items() if bound == options.bounds.length), "auto"
+            ),
         }
         return {**super().settings(parameters), **in_force}
 
     def head_parameters(self, parameters: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The default's, of the solve and its retention alone; the other presets average heads.
-
-        Refinement destroys models on a table. A head has rows for all of the vocabulary, so that its updates are no
-        adapters, and their rank is not looked for.
-        """
-        if parameters["preset"] != "default":
-            return None
-        length = False if parameters["length_bound"] == "preset" else parameters["length_bound"]
-        return {**parameters, "spectral_fraction": 0.0, "correlation_threshold": 0.0, "length_bound": length}
+        """Those of the default, which has a composition of its own for heads; the other presets average them."""
+        return {**parameters, _HEAD: True, "spectral_fraction": 0.0} if parameters["preset"] == "default" else None
 
     def gate(self, parameters: Mapping[str, Any]) -> Gate | None:
         """ACE's, where its threshold is above 0."""
@@ -176,8 +175,16 @@ class Ace(LayerwiseMethod):
         options = self.options(parameters)
         if parameters["moments"]:
             return options.bounds.length != "none"
-        return options.uncorrelated == "balanced" and options.correlation_threshold > 0
+        return options.needs_size or (options.uncorrelated == "balanced" and options.correlation_threshold > 0)
 
     def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
         """One matrix by ACE."""
         return merge_by_covariance(task_vectors, self.options(parameters))
+
+
+def _length_bound(parameters: Mapping[str, Any], preset: CovarianceOptions) -> LengthBound:
+    """That of the recipe; `auto`: the preset's own, where it has one that follows the updates."""
+    given = parameters["length_bound"]
+    if given == "auto":
+        return preset.bounds.length if preset.bounds.length == "by_size" else "end_to_end"
+    return preset.bounds.length if given == "preset" else _LENGTH_BOUNDS[given]

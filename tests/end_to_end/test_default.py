@@ -35,12 +35,16 @@ HEADS = {
 }
 
 
-def merged_by_default(task_vectors: Sequence[Tensor], weights: Sequence[float] | None, dtype: torch.dtype) -> Tensor:
-    return ace_default(task_vectors, weights, dtype)
+def merged_by_default(
+    task_vectors: Sequence[Tensor], weights: Sequence[float] | None, dtype: torch.dtype, base: Tensor
+) -> Tensor:
+    return ace_default(task_vectors, weights, dtype, base_norm=float(base.norm()))
 
 
-def merged_as_head(task_vectors: Sequence[Tensor], weights: Sequence[float] | None, dtype: torch.dtype) -> Tensor:
-    return ace_default(task_vectors, weights, dtype, spectral_fraction=0.0)
+def merged_as_head(
+    task_vectors: Sequence[Tensor], weights: Sequence[float] | None, dtype: torch.dtype, base: Tensor
+) -> Tensor:
+    return ace_default(task_vectors, weights, dtype, base_norm=float(base.norm()), head=True)
 
 
 @pytest.mark.parametrize("family", HEADS)

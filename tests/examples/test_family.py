@@ -20,29 +20,29 @@ EPSILON = 0.01
 Vectors, Weights = Sequence[Tensor], Sequence[float] | None
 
 
-def _actmat(task_vectors: Vectors, weights: Weights, dtype: torch.dtype) -> Tensor:
+def _actmat(task_vectors: Vectors, weights: Weights, dtype: torch.dtype, base: Tensor) -> Tensor:
     return actmat(task_vectors, EPSILON, weights, dtype)
 
 
-def _wudi(task_vectors: Vectors, weights: Weights, dtype: torch.dtype) -> Tensor:
+def _wudi(task_vectors: Vectors, weights: Weights, dtype: torch.dtype, base: Tensor) -> Tensor:
     """The ridge is divided by the squared norm, as the second moment is."""
     ridges = [EPSILON / float(d.square().sum()) for d in task_vectors if d.any()]
     return wudi_closed_form(task_vectors, ridges, weights, dtype)
 
 
-def _tsv_m(task_vectors: Vectors, weights: Weights, dtype: torch.dtype) -> Tensor:
+def _tsv_m(task_vectors: Vectors, weights: Weights, dtype: torch.dtype, base: Tensor) -> Tensor:
     return tsv_m(task_vectors, weights, dtype)
 
 
-def _iso_c(task_vectors: Vectors, weights: Weights, dtype: torch.dtype) -> Tensor:
+def _iso_c(task_vectors: Vectors, weights: Weights, dtype: torch.dtype, base: Tensor) -> Tensor:
     return iso_c(task_vectors, weights, dtype)
 
 
-def _iso_cts(task_vectors: Vectors, weights: Weights, dtype: torch.dtype) -> Tensor:
+def _iso_cts(task_vectors: Vectors, weights: Weights, dtype: torch.dtype, base: Tensor) -> Tensor:
     return iso_cts(task_vectors, 0.8, weights, dtype)
 
 
-def _cart(task_vectors: Vectors, weights: Weights, dtype: torch.dtype) -> Tensor:
+def _cart(task_vectors: Vectors, weights: Weights, dtype: torch.dtype, base: Tensor) -> Tensor:
     """The rank is a share of the layer's."""
     return cart(task_vectors, math.floor(0.08 * min(task_vectors[0].shape)), 1.0, weights, dtype)
 

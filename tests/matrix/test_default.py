@@ -11,9 +11,9 @@ from mergekit_ace.matrix.balanced import large_share, merge_balanced, merge_with
 from mergekit_ace.matrix.bounds import effective_experts
 from mergekit_ace.matrix.decision import low_rank_share
 from mergekit_ace.matrix.expert import Expert
-from mergekit_ace.matrix.merge import merge_by_covariance
+from mergekit_ace.matrix.merge import MatrixMerge, merge_by_covariance
 from mergekit_ace.matrix.options import Bounds, CovarianceOptions, SecondMoment
-from mergekit_ace.matrix.presets import ACE, ACE_0_1, ACE_PUBLISHED
+from mergekit_ace.matrix.presets import ACE, ACE_0_1, ACE_HEAD, ACE_PUBLISHED
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from tests.matrix.experts import adapter_updates, layer, related_updates, steep_updates
 from tests.reference.ace_default import balanced, without_moments
@@ -48,11 +48,58 @@ def test_an_expert_and_its_copy_are_one_of_twice_the_weight(shape: tuple[int, in
 
 @pytest.mark.parametrize("factor", [0.01, 100.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_unit_of_the_updates_does_not_matter(shape: tuple[int, int], factor: float) -> None:
+def test_the_unit_of_the_weights_does_not_matter(shape: tuple[int, int], factor: float) -> None:
     updates = related_updates(*shape, 3, spread=3.0)
-    merged = merge_by_covariance(layer(updates), ACE).task_vector
-    scaled = merge_by_covariance(layer([factor * update for update in updates]), ACE).task_vector / factor
-    torch.testing.assert_close(scaled, merged, rtol=0, atol=1e-9 * float(merged.abs().max()))
+    scaled_updates = [factor * update for update in updates]
+    for options in (ACE, ACE_HEAD):
+        merged = merge_by_covariance(layer(updates), options).task_vector
+        scaled = merge_by_covariance(layer(scaled_updates, base_scale=0.1 * factor), options).task_vector / factor
+        torch.testing.assert_close(scaled, merged, rtol=0, atol=1e-9 * float(merged.abs().max()))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_size_of_small_updates_does_not_matter(shape: tuple[int, int]) -> None:
+    """For the base; that of large ones does: it is what tells that they do not add up."""
+    updates = related_updates(*shape, 3, spread=3.0)
+    smaller = [update / 10 for update in updates]
+    for options in (ACE, ACE_HEAD):
+        merged = merge_by_covariance(layer(updates, base_scale=1e5), options).task_vector
+        scaled = merge_by_covariance(layer(smaller, base_scale=1e5), options).task_vector * 10
+        torch.testing.assert_close(scaled, merged, rtol=0, atol=1e-5 * float(merged.abs().max()))
+
+
+SIZES_OF_THE_BASE = (1e4, 1.0, 1e-6)
+
+
+def of_base(scale: float, options: CovarianceOptions) -> MatrixMerge:
+    return merge_by_covariance(layer(related_updates(60, 40, 4), base_scale=scale), options)
+
+
+def test_what_large_updates_have_beyond_orthogonal_ones_is_taken_off() -> None:
+    small, middle, large = (of_base(scale, ACE) for scale in SIZES_OF_THE_BASE)
+    orthogonal = float(of_base(1.0, replace(ACE, bounds=ORTHOGONAL)).task_vector.norm())
+    longest = float(small.task_vector.norm())
+    assert longest > 1.1 * orthogonal
+    assert float(large.task_vector.norm()) == pytest.approx(orthogonal, rel=1e-6)
+    updates = related_updates(60, 40, 4)
+    energy = sum(float(update.square().sum()) for update in updates) / 4
+    share = energy / (energy + 0.01 * float(layer(updates, base_scale=1.0).base.square().sum()))
+    assert 0.05 < share < 0.95
+    assert middle.decision is not None
+    assert middle.decision.large == pytest.approx(share)
+    between = longest ** (1 - share) * orthogonal**share
+    assert float(middle.task_vector.norm()) == pytest.approx(between, rel=1e-4)
+
+
+def test_large_updates_of_an_output_head_are_averaged() -> None:
+    small, middle, large = (of_base(scale, ACE_HEAD) for scale in SIZES_OF_THE_BASE)
+    updates = related_updates(60, 40, 4)
+    mean = sum(updates[1:], updates[0]) / 4
+    torch.testing.assert_close(large.task_vector, mean, rtol=0, atol=1e-6 * float(mean.abs().max()))
+    assert middle.decision is not None
+    share = middle.decision.large
+    blended = (1 - share) * small.task_vector + share * mean
+    torch.testing.assert_close(middle.task_vector, blended, rtol=0, atol=1e-4 * float(mean.abs().max()))
 
 
 FULL_RANK = [related_updates(20, 90, 3), related_updates(30, 300, 4)]

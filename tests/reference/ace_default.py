@@ -2,7 +2,8 @@
 
 Against the published steps (`tests/reference/ace.py`): second moments are not centered and always divided by their
 trace, the ridge is oracle-approximating shrinkage, there is no prior, the preliminary merge itself is refined and by as
-much as the experts disagree, and the result is bounded in what it retains and in length. Updates of low rank are held
+much as the experts disagree, and the result is bounded in what it retains, and in length as far as the updates are
+large for the base. Updates of low rank are held
 nearer to the base, and merged by balanced task singular vectors where their second moments do not correlate, or
 averaged as far as they are large for the base.
 """
@@ -72,13 +73,18 @@ def balanced(D: list[Tensor], a: list[float]) -> Tensor:
     return merged * min(1.0, length / max(float(merged.norm()), 1e-300))
 
 
+def share_of_large(D: list[Tensor], a: list[float], base_norm: float | None) -> float:
+    """How far updates are large for the base, a half at a tenth of its norm; 0 where that is not known."""
+    if base_norm is None:
+        return 0.0
+    update = sum(a_t * float(d.norm()) ** 2 for a_t, d in zip(a, D, strict=True)) / len(D)
+    return update / (update + TOLERATED**2 * base_norm**2)
+
+
 def without_moments(D: list[Tensor], a: list[float], base_norm: float | None) -> Tensor:
     """That of small updates, the average of large ones; the base's norm is None where it is not known."""
-    if base_norm is None:
-        return balanced(D, a)
     mean = sum(a_t * d for a_t, d in zip(a, D, strict=True)) / len(D)
-    update = sum(a_t * float(d.norm()) ** 2 for a_t, d in zip(a, D, strict=True)) / len(D)
-    large = update / (update + TOLERATED**2 * base_norm**2)
+    large = share_of_large(D, a, base_norm)
     return (1 - large) * balanced(D, a) + large * mean
 
 
@@ -89,8 +95,9 @@ def ace_default(
     spectral_fraction: float = 0.3,
     relative_rank: float | None = None,
     base_norm: float | None = None,
+    head: bool = False,
 ) -> Tensor:
-    """The merged task vector of one layer, `[m, n]`, computed in `dtype`."""
+    """The merged task vector of one layer, `[m, n]`, computed in `dtype`; of an output head if `head`."""
     D, a = participants(task_vectors, weights, dtype)
     if not D:
         return torch.zeros_like(task_vectors[0], dtype=dtype)
@@ -101,7 +108,7 @@ def ace_default(
     m, n = D[0].shape
     identity = torch.eye(n, dtype=dtype)
 
-    low_rank = sum(a_t * captured(d) for a_t, d in zip(a, D, strict=True)) / T >= NEARLY_ALL
+    low_rank = not head and sum(a_t * captured(d) for a_t, d in zip(a, D, strict=True)) / T >= NEARLY_ALL
 
     # 1. Second moments of trace 1, shrunk towards the identity of the same trace; an adapter's nearly to it.
     S = []
@@ -125,7 +132,7 @@ def ace_default(
 
     # 4. Refinement by as much as they disagree.
     k = math.floor(spectral_fraction * min(m, n))
-    if k > 0:
+    if k > 0 and not head:
         isometry, values = top_isometry(W, k, relative_rank)
         W = W + (1 - 1 / independent) * values.mean() * isometry
 
@@ -134,8 +141,16 @@ def ace_default(
     retention = float((W * numerator).sum()) / own
     factor = 1 / max(1.0, retention)
 
-    # 6. No longer than twice all updates laid end to end; for updates of low rank, than the sum of the root of so many
-    # orthogonal ones.
+    # 6. Of heads, the average as far as updates are large for the base. Of others, what is beyond the sum of so many
+    # orthogonal updates (the root of so many, of low rank) is taken off as far, on a logarithmic scale; and no more
+    # than twice all updates laid end to end is left.
+    large = share_of_large(D, a, base_norm)
+    if head:
+        return (1 - large) * factor * W + large * mean
+    orthogonal = math.sqrt((math.sqrt(independent) if low_rank else independent) * mean_energy)
+    length = factor * float(W.norm())
+    if length > orthogonal:
+        factor = factor * (orthogonal / length) ** large
     end_to_end = sum(a_t * float(d.norm()) for a_t, d in zip(a, D, strict=True))
-    longest = math.sqrt(math.sqrt(independent) * mean_energy) if low_rank else 2 * end_to_end
+    longest = orthogonal if low_rank else 2 * end_to_end
     return W * min(factor, longest / float(W.norm()))

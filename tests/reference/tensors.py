@@ -16,7 +16,8 @@ from tests.reference.ace import AceOptions, ace
 from tests.reference.subspace import RELATIVE_RANK
 
 Treatment = Literal["ace", "average", "base"]
-TaskVectorMerge = Callable[[Sequence[Tensor], Sequence[float] | None, torch.dtype], Tensor]
+TaskVectorMerge = Callable[[Sequence[Tensor], Sequence[float] | None, torch.dtype, Tensor], Tensor]
+"""Task vectors, weights, dtype, base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,7 @@ def _matrix(
     if merge is None:
         merged = ace(task_vectors, recipe.options, recipe.weights, dtype, RELATIVE_RANK[precision])
     else:
-        merged = merge(task_vectors, recipe.weights, dtype)
+        merged = merge(task_vectors, recipe.weights, dtype, start)
     return start + recipe.scale * (merged.T if turned else merged)
 
 

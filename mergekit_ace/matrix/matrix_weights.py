@@ -17,8 +17,9 @@ The first term is exact, and the second one half to three quarters as large as b
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from mergekit_ace.linalg.cholesky import cholesky_factor, solve_right
 from mergekit_ace.linalg.conditioning import condition_number
 from mergekit_ace.linalg.precision import squared_norm, squared_norms
 from mergekit_ace.linalg.symmetric import add_to_diagonal_
-from mergekit_ace.matrix import from_reference
+from mergekit_ace.matrix import from_reference, rough_moments
 from mergekit_ace.matrix.budget import FOLLOWING, PRODUCTS, error_budget
 from mergekit_ace.matrix.decision import Decision
 from mergekit_ace.matrix.diagnostics import diagnostics_wanted
@@ -51,6 +52,10 @@ class _MatrixWeights:
     """`a_t Sbar_t` of every expert, `[n, n]`; empty once they are used."""
     error: float
     """`||.||_F` that products with factors in bfloat16 may be wrong by; 0: all are in the working dtype."""
+    of_moments: float
+    """`||.||_F` that second moments in bfloat16 may add to the merge; 0: they are in the working dtype."""
+    in_full: Callable[[], NormalEquations]
+    """The same equations with second moments in the working dtype."""
     keep_response: bool
     moments: tuple[RegularizedMoment, ...]
     correlation: float | None
@@ -59,6 +64,15 @@ class _MatrixWeights:
         """As `NormalEquations.solve`."""
         task_vectors = self.task_vectors
         factor = cholesky_factor(self.system, what=task_vectors.name)
+        error = 0.0
+        if self.of_moments > 0:
+            error = rough_moments.estimated_error(task_vectors, self.moments, factor)
+            if error > self.of_moments:
+                self.weighted = []
+                del factor
+                equations = self.in_full()
+                self.moments, self.correlation = equations.moments, equations.correlation
+                return equations.solve()
         condition = condition_number(factor) if diagnostics_wanted() else None
         # The same expert in any order of them: the one that weighs most.
         strength = [
@@ -71,7 +85,6 @@ class _MatrixWeights:
         allowed = self.error / math.sqrt(max(1, len(tensors) - 1))
         weighted, self.weighted = self.weighted, []
         weighted.reverse()
-        error = 0.0
         for t, tensor in enumerate(tensors):
             own = weighted.pop()
             if t == reference:
@@ -137,7 +150,7 @@ def _add_rough_product_(target: Tensor, apart: _Differences, weights: Tensor, al
 
 
 def assemble_matrix_weights(
-    task_vectors: TaskVectors, options: CovarianceOptions, decision: Decision
+    task_vectors: TaskVectors, options: CovarianceOptions, decision: Decision, *, rough: bool = True
 ) -> NormalEquations:
     """Assemble the system, and keep every expert's part of it.
 
@@ -148,15 +161,20 @@ def assemble_matrix_weights(
         task_vectors: at least one expert, as `suits` has it.
         options: which second moment, which ridge.
         decision: whether second moments are divided by their traces.
+        rough: second moments may be rounded to bfloat16 where the error of the output allows it.
     """
     shares = task_vectors.shares
-    weighted = [task_vectors.gram(t) for t in range(len(shares))]
+    allowed = rough_moments.allowed_error(task_vectors, options, decision) if rough else 0.0
+    weighted = [task_vectors.gram(t, rough=allowed > 0) for t in range(len(shares))]
     squares: list[float] | list[None] = [None] * len(shares)
     if options.needs_moment_norms:
         squares = squared_norms(weighted).tolist()
     moments = tuple(
         regularize(task_vectors, t, options, decision, squared=squared) for t, squared in enumerate(squares)
     )
+    if allowed > 0 and not rough_moments.is_below_the_ridge(moments, shares, task_vectors.shape[1]):
+        del weighted
+        return assemble_matrix_weights(task_vectors, options, decision, rough=False)
     system = torch.zeros_like(weighted[0])
     for own, share, moment in zip(weighted, shares, moments, strict=True):
         system.add_(own.mul_(share * moment.scale))
@@ -172,7 +190,9 @@ def assemble_matrix_weights(
         task_vectors=task_vectors,
         system=system,
         weighted=weighted,
-        error=allowed_error(task_vectors, options),
+        error=allowed_error(task_vectors, options) * (math.sqrt(0.5) if allowed > 0 else 1.0),
+        of_moments=allowed,
+        in_full=partial(assemble_matrix_weights, task_vectors, options, decision, rough=False),
         keep_response=options.bounds.retention,
         moments=moments,
         correlation=correlation,

@@ -218,11 +218,15 @@ class TaskVectors:
         """The rows of `buffer_shape` in pieces for products."""
         return panels(self.base)
 
-    def gram(self, t: int) -> Tensor:
-        """`D_t^T D_t`, `[n, n]`."""
+    def gram(self, t: int, *, rough: bool = False) -> Tensor:
+        """`D_t^T D_t`, `[n, n]`; where it may be `rough`, by products of rows in bfloat16, which round it to that."""
         product = self.zeros(self.base.shape[1], self.base.shape[1])
+        rounded = product.bfloat16() if rough else None
         for rows in self.row_panels():
-            add_gram_upper_(product, self.rows(t, rows), keep=0.0 if rows.start == 0 else 1.0)
+            if rounded is None:
+                add_gram_upper_(product, self.rows(t, rows), keep=0.0 if rows.start == 0 else 1.0)
+            else:
+                product.add_(add_gram_upper_(rounded, self.rows(t, rows).bfloat16(), keep=0.0))
         return mirror_upper_(product)
 
     def rows(self, t: int, rows: slice) -> Tensor:

@@ -241,7 +241,7 @@ def test_a_summary_ends_the_merge(folder: Path, tmp_path: Path, invoke: Invoke) 
     result = invoke("merge", folder / "full.yml", tmp_path / "out", "--no-copy-tokenizer", "--out-shard-size", "15K")
     assert result.exit_code == 0, result.output
     assert f"{tmp_path / 'out'}: a model, " in result.stdout
-    assert "30 tensors (9 averaged, 21 merged as matrices)" in result.stdout
+    assert "30 tensors (8 averaged, 1 merged as output heads, 21 merged as matrices)" in result.stdout
     assert f"Next: mergekit-ace verify {tmp_path / 'out'}" in result.stdout
 
 

@@ -64,21 +64,28 @@ def longest_allowed(
 
 
 def scale_factor(
-    length: float, *, retention: float | None, longest: float, orthogonal: float = math.inf, large: float = 0.0
+    length: float,
+    *,
+    retention: float | None,
+    longest: float,
+    retained: float = 1.0,
+    orthogonal: float = math.inf,
+    large: float = 0.0,
 ) -> float:
     """What to multiply a merged task vector by, in `(0, 1]`, so that it keeps its bounds.
 
-    What is beyond the sum of orthogonal updates is taken off as far as the updates are large for the base, on a
-    logarithmic scale: `||X||^(1 - w) o^w` is left of `||X|| > o`.
+    Bounds by size hold as far as the updates are large for the base, on a logarithmic scale: of a retention `q > 1` is
+    left `q^(1 - p)`, and `||X||^(1 - w) o^w` of `||X|| > o`.
 
     Args:
         length: `||X||_F`.
         retention: the mean response under the experts' second moments, relative to their own; None: no bound.
         longest: that `||X||_F` may be.
+        retained: `p`, how far the bound of the retention holds, from 0 to 1.
         orthogonal: `o`, the length of the sum of `T_eff` orthogonal updates.
         large: `w`, from 0 for small updates to 1.
     """
-    factor = 1.0 if retention is None or retention <= 1 else 1 / retention
+    factor = 1.0 if retention is None or retention <= 1 else math.pow(retention, -retained)
     if large > 0 and factor * length > orthogonal:
         factor *= (orthogonal / (factor * length)) ** large
     return min(factor, longest / length) if length > 0 else factor

@@ -59,6 +59,8 @@ class Decision:
     """The largest `||X||_F`."""
     large: float = 0.0
     """How far the updates are large for their base, from 0 to 1; 0 where no part asks for it."""
+    retained: float = 1.0
+    """How far the bound of the retention holds, from 0 to 1."""
     orthogonal: float = math.inf
     """`||.||_F` of the sum of `T_eff` orthogonal updates, where a bound by size asks for it."""
 
@@ -104,6 +106,8 @@ def decide(task_vectors: TaskVectors, options: CovarianceOptions) -> Decision:
         effective_experts=independent,
         longest=longest_allowed(task_vectors, options.bounds.length, independent=independent, low_rank=held),
         large=large if options.needs_size else 0.0,
+        # Few rows leave the solve free to exaggerate; measured second moments tell how far it does.
+        retained=max(large, low_rank or 0.0) if by_size and not task_vectors.measured else 1.0,
         orthogonal=longest_allowed(task_vectors, "orthogonal", independent=independent, low_rank=held)
         if by_size
         else math.inf,

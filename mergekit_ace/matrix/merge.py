@@ -194,6 +194,7 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         longest=decision.longest,
         orthogonal=decision.orthogonal,
         large=decision.large,
+        retained=decision.retained,
     )
     if factor < 1:
         merged.mul_(factor)

@@ -80,7 +80,8 @@ class Bounds:
     """How far a merged task vector may go.
 
     Attributes:
-        retention: the mean response under the experts' regularized second moments is at most the experts' own.
+        retention: the mean response under the experts' regularized second moments is at most the experts' own; with a
+            length `by_size`, as far as the updates are large for the base or of low rank.
         length: `orthogonal`: `||X||_F` is at most that of the sum of `T_eff` orthogonal updates; `end_to_end`: at most
             twice the sum of all updates' norms; `by_size`: that of small updates, `orthogonal` as far as they are large
             for the base. Either way updates of low rank, whose few rows leave the solve free to exaggerate, are held to

@@ -108,7 +108,7 @@ FULL_RANK = [related_updates(20, 90, 3), related_updates(30, 300, 4)]
 @pytest.mark.parametrize("updates", FULL_RANK)
 def test_the_mean_response_is_at_most_the_experts_own(updates: list[torch.Tensor]) -> None:
     task_vectors = layer(updates)
-    merged = merge_by_covariance(task_vectors, ACE)
+    merged = merge_by_covariance(task_vectors, replace(ACE, bounds=Bounds(retention=True)))
     assert merged.decision is not None
     assert merged.decision.low_rank == 0
     assert merged.retention is not None
@@ -121,6 +121,23 @@ def test_the_mean_response_is_at_most_the_experts_own(updates: list[torch.Tensor
         kept += float(((merged.task_vector @ moment) * update).sum())
     assert kept / own == pytest.approx(merged.retention * merged.scale_factor, rel=1e-6)
     assert kept / own <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("updates", FULL_RANK)
+def test_the_mean_response_is_bounded_as_far_as_updates_are_large(updates: list[torch.Tensor]) -> None:
+    for scale, share in ((1e6, 0.0), (1e-6, 1.0)):
+        by_size = merge_by_covariance(layer(updates, base_scale=scale), ACE)
+        assert by_size.decision is not None
+        assert by_size.retention is not None
+        assert by_size.decision.retained == pytest.approx(share, abs=1e-6)
+        bounds = Bounds(retention=share == 1, length="orthogonal" if share == 1 else "end_to_end")
+        told = merge_by_covariance(layer(updates, base_scale=scale), replace(ACE, bounds=bounds))
+        assert by_size.scale_factor == pytest.approx(told.scale_factor, rel=1e-4)
+    adapters = merge_by_covariance(
+        layer(adapter_updates(64, 48, 3, rank=2), base_scale=1e6), replace(ACE, correlation_threshold=0.0)
+    )
+    assert adapters.decision is not None
+    assert adapters.decision.retained == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("updates", FULL_RANK)

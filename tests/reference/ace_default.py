@@ -136,10 +136,11 @@ def ace_default(
         isometry, values = top_isometry(W, k, relative_rank)
         W = W + (1 - 1 / independent) * values.mean() * isometry
 
-    # 5. Retention bound: the mean response under the experts' second moments is at most their own.
+    # 5. Retention bound: the mean response under the experts' second moments is at most their own, as far as updates
+    # are large for the base; of heads, and of updates of low rank, always.
     own = float(sum(a_t * ((d @ s) * d).sum() for a_t, d, s in zip(a, D, S, strict=True)))
     retention = float((W * numerator).sum()) / own
-    factor = 1 / max(1.0, retention)
+    factor = max(1.0, retention) ** -(1.0 if head or low_rank else share_of_large(D, a, base_norm))
 
     # 6. Of heads, the average as far as updates are large for the base. Of others, what is beyond the sum of so many
     # orthogonal updates (the root of so many, of low rank) is taken off as far, on a logarithmic scale; and no more

@@ -53,7 +53,7 @@ def dialogues(task: str, split: str) -> list[Dialogue]:
 
 def translations(draw: random.Random, code: str, language: str) -> Iterator[Dialogue]:
     """Messages of one sentence or a few words with their translation; each message once."""
-    from babel.messages.mofile import read_mo  # of benchmarks/requirements-llm.txt; scoring does without
+    from babel.messages.mofile import read_mo  # of benchmarks/requirements-llm.txt, without which the other suites run
 
     asked = (f"Translate into {language}: {{}}", f"{{}}\n\nWhat is this in {language}?", f"Say in {language}: {{}}")
     pairs = {}

@@ -95,7 +95,7 @@ def decide(task_vectors: TaskVectors, options: CovarianceOptions) -> Decision:
     # where the updates are large for its weights: what was added up is then noise to every expert.
     large = large_share(task_vectors) if options.needs_size or task_vectors.measured else 0.0
     held = (low_rank or 0.0) * (large if task_vectors.measured else 1.0)
-    by_size = options.bounds.length == "by_size"
+    retained_by_size = options.bounds.retention == "by_size" and not task_vectors.measured
     return Decision(
         heterogeneity=spread,
         heterogeneous=heterogeneous,
@@ -107,9 +107,9 @@ def decide(task_vectors: TaskVectors, options: CovarianceOptions) -> Decision:
         longest=longest_allowed(task_vectors, options.bounds.length, independent=independent, low_rank=held),
         large=large if options.needs_size else 0.0,
         # Few rows leave the solve free to exaggerate; measured second moments tell how far it does.
-        retained=max(large, low_rank or 0.0) if by_size and not task_vectors.measured else 1.0,
+        retained=max(large, low_rank or 0.0) if retained_by_size else 1.0,
         orthogonal=longest_allowed(task_vectors, "orthogonal", independent=independent, low_rank=held)
-        if by_size
+        if options.bounds.length == "by_size"
         else math.inf,
     )
 

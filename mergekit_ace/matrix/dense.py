@@ -121,7 +121,7 @@ def assemble_dense(task_vectors: TaskVectors, options: CovarianceOptions, decisi
         prior_row=prior_row,
         ones=None if task_vectors.coordinates is None else task_vectors.coordinates.ones_right,
         residual=residual,
-        keep_numerator=options.bounds.retention,
+        keep_numerator=options.bounds.asks_for_retention,
         moments=tuple(moments),
         correlation=correlation,
     )

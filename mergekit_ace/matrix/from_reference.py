@@ -96,7 +96,7 @@ def assemble_from_reference(
         numerator=numerator,
         task_vectors=task_vectors,
         reference=reference,
-        keep_response=options.bounds.retention,
+        keep_response=options.bounds.asks_for_retention,
         moments=tuple(moments),
         correlation=correlation,
     )

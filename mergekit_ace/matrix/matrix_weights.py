@@ -193,7 +193,7 @@ def assemble_matrix_weights(
         error=allowed_error(task_vectors, options) * (math.sqrt(0.5) if allowed > 0 else 1.0),
         of_moments=allowed,
         in_full=partial(assemble_matrix_weights, task_vectors, options, decision, rough=False),
-        keep_response=options.bounds.retention,
+        keep_response=options.bounds.asks_for_retention,
         moments=moments,
         correlation=correlation,
     )

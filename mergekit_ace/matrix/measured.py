@@ -62,7 +62,7 @@ def assemble_measured(task_vectors: TaskVectors, options: CovarianceOptions, dec
         prior_row=None,
         ones=None,
         residual=None,
-        keep_numerator=options.bounds.retention,
+        keep_numerator=options.bounds.asks_for_retention,
         moments=tuple(moments),
         correlation=None,
     )

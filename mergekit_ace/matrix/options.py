@@ -9,6 +9,7 @@ from typing import Literal
 Precision = Literal["auto", "full"]
 HeterogeneityStatistic = Literal["published", "scale_free"]
 LengthBound = Literal["none", "end_to_end", "orthogonal", "by_size"]
+RetentionBound = bool | Literal["by_size"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +81,21 @@ class Bounds:
     """How far a merged task vector may go.
 
     Attributes:
-        retention: the mean response under the experts' regularized second moments is at most the experts' own; with a
-            length `by_size`, as far as the updates are large for the base or of low rank.
+        retention: the mean response under the experts' regularized second moments is at most the experts' own;
+            `by_size`: as far as the updates are large for the base or of low rank.
         length: `orthogonal`: `||X||_F` is at most that of the sum of `T_eff` orthogonal updates; `end_to_end`: at most
             twice the sum of all updates' norms; `by_size`: that of small updates, `orthogonal` as far as they are large
             for the base. Either way updates of low rank, whose few rows leave the solve free to exaggerate, are held to
             `sqrt(T_eff)` orthogonal ones.
     """
 
-    retention: bool = False
+    retention: RetentionBound = False
     length: LengthBound = "none"
+
+    @property
+    def asks_for_retention(self) -> bool:
+        """Whether the retention of a merge is to be known."""
+        return self.retention is not False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +143,7 @@ class CovarianceOptions:
     @property
     def needs_size(self) -> bool:
         """Whether some part asks how large the updates are for their base."""
-        return self.bounds.length == "by_size" or self.average_large
+        return "by_size" in (self.bounds.retention, self.bounds.length) or self.average_large
 
     @property
     def needs_rank(self) -> bool:
@@ -147,4 +153,4 @@ class CovarianceOptions:
     @property
     def needs_moment_norms(self) -> bool:
         """Whether some part asks for the Frobenius norm of each second moment."""
-        return self.second_moment.epsilon == "auto" or self.correlation_threshold > 0 or self.bounds.retention
+        return self.second_moment.epsilon == "auto" or self.correlation_threshold > 0 or self.bounds.asks_for_retention

@@ -29,7 +29,7 @@ ACE_PUBLISHED = CovarianceOptions(
 ACE = CovarianceOptions(
     second_moment=SecondMoment(),
     refinement=SpectralRefinement(fraction=0.3),
-    bounds=Bounds(retention=True, length="by_size"),
+    bounds=Bounds(retention="by_size", length="by_size"),
     correlation_threshold=0.05,
     uncorrelated="balanced",
     combine_copies=True,
@@ -37,9 +37,9 @@ ACE = CovarianceOptions(
 )
 """What `merge_method: ace` does by default: no constant of any model family, and no dependence on the weights' unit.
 
-Identical experts give that expert, an expert and its copy count as one of twice the weight, the mean response under the
-experts' second moments is at most their own, and the merge is no longer than twice the sum of all updates' norms, or
-than the sum of orthogonal updates as far as they are large for the base.
+Identical experts give that expert, an expert and its copy count as one of twice the weight, and the merge is no longer
+than twice the sum of all updates' norms. As far as the updates are large for the base it is no longer than the sum of
+orthogonal ones, and the mean response under the experts' second moments is at most their own.
 """
 ACE_HEAD = replace(
     ACE,

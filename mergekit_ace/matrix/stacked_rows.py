@@ -220,7 +220,7 @@ def assemble_stacked_rows(
         else None,
         column_basis=_column_basis(experts, task_vectors.shape),
         error=_allowed_error(task_vectors, len(rows), options),
-        keep_numerator=options.bounds.retention,
+        keep_numerator=options.bounds.asks_for_retention,
         by_coefficients=not (options.structural_prior or decision.refined_residual or large_ridge),
         moments=moments,
         correlation=correlation,

@@ -7,7 +7,14 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from mergekit_ace.matrix.merge import MatrixMerge, merge_by_covariance, takes_measured
-from mergekit_ace.matrix.options import Bounds, CovarianceOptions, Gate, LengthBound, SpectralRefinement
+from mergekit_ace.matrix.options import (
+    Bounds,
+    CovarianceOptions,
+    Gate,
+    LengthBound,
+    RetentionBound,
+    SpectralRefinement,
+)
 from mergekit_ace.matrix.presets import ACE, ACE_0_1, ACE_HEAD, ACE_PUBLISHED
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
@@ -16,6 +23,7 @@ from mergekit_ace.methods.parameters import MOMENTS, Fraction, Positive, Thresho
 Preset = Literal["preset"]
 
 PRESETS: Mapping[str, CovarianceOptions] = {"default": ACE, "0.1": ACE_0_1, "published": ACE_PUBLISHED}
+_RETENTION_BOUNDS: Mapping[object, RetentionBound] = {False: False, True: True, "auto": "by_size"}
 _LENGTH_BOUNDS: Mapping[object, LengthBound] = {False: "none", True: "orthogonal"}
 
 
@@ -90,10 +98,11 @@ class Ace(LayerwiseMethod):
         ),
         parameter(
             "retention_bound",
-            bool | Preset,
+            bool | Literal["auto"] | Preset,
             default="preset",
-            requirement="true or false",
-            description="the mean response under the experts' second moments is at most the experts' own",
+            requirement="true, false or 'auto'",
+            description="the mean response under the experts' second moments is at most the experts' own; 'auto': as "
+            "far as the updates are large for the base, or of low rank",
         ),
         parameter(
             "length_bound",
@@ -131,7 +140,7 @@ class Ace(LayerwiseMethod):
             structural_prior=given("structural_prior", preset.structural_prior),
             refinement=replace(refinement, fraction=given("spectral_fraction", refinement.fraction)),
             bounds=Bounds(
-                retention=given("retention_bound", preset.bounds.retention),
+                retention=_RETENTION_BOUNDS.get(parameters["retention_bound"], preset.bounds.retention),
                 length=_length_bound(parameters, preset),
             ),
             correlation_threshold=given("correlation_threshold", preset.correlation_threshold),
@@ -151,10 +160,8 @@ class Ace(LayerwiseMethod):
             "structural_prior": options.structural_prior,
             "precision": options.precision,
             "correlation_threshold": options.correlation_threshold,
-            "retention_bound": options.bounds.retention,
-            "length_bound": next(
-                (word for word, bound in _LENGTH_BOUNDS.items() if bound == options.bounds.length), "auto"
-            ),
+            "retention_bound": _word(_RETENTION_BOUNDS, options.bounds.retention),
+            "length_bound": _word(_LENGTH_BOUNDS, options.bounds.length),
         }
         return {**super().settings(parameters), **in_force}
 
@@ -180,6 +187,11 @@ class Ace(LayerwiseMethod):
     def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
         """One matrix by ACE."""
         return merge_by_covariance(task_vectors, self.options(parameters))
+
+
+def _word(bounds: Mapping[object, object], bound: object) -> object:
+    """What a recipe writes for a bound."""
+    return next((word for word, of_word in bounds.items() if of_word == bound), "auto")
 
 
 def _length_bound(parameters: Mapping[str, Any], preset: CovarianceOptions) -> LengthBound:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mergekit_ace.engine.receipt import Maker, Receipt
 from mergekit_ace.engine.shards import Shard
 from mergekit_ace.engine.workers import processes
 from mergekit_ace.engine.workers.processes import Processes, WorkerError
+from tests.engine.receipts import blank_receipt
 
 SHARDS = [Shard(file=f"model-{number}", tensors=(), costs=(), reads=()) for number in range(1, 4)]
 
@@ -43,20 +43,7 @@ sys.exit(3)
 
 
 def team(script: str, monkeypatch: pytest.MonkeyPatch) -> Processes:
-    made = Receipt(
-        key="",
-        file="",
-        tensors=(),
-        absent=(),
-        sha256="",
-        changed=0,
-        inputs={},
-        seconds=0.0,
-        reading=0.0,
-        writing=0.0,
-        warnings=(),
-        maker=Maker(host="", processor=""),
-    )
+    made = blank_receipt("")
     text = f"TEMPLATE = {made.model_dump_json()!r}\n{WORKER}{script}"
     monkeypatch.setattr(processes, "_COMMAND", (sys.executable, "-c", text))
     return Processes(job=Path("job"), devices=[None], threads=1, on_tensor=lambda name, seconds: None)

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 
 import pytest
 
-from mergekit_ace.engine.receipt import Maker, Receipt
+from mergekit_ace.engine.receipt import Receipt
 from mergekit_ace.engine.shards import Shard
 from mergekit_ace.engine.workers import cluster
 from mergekit_ace.engine.workers.actor import Actor
 from mergekit_ace.engine.workers.cluster import RayWorkers, cpus_each
 from mergekit_ace.engine.workers.processes import WorkerError
+from tests.engine.receipts import blank_receipt
 
 
 class RayError(Exception):
@@ -29,21 +30,7 @@ class RayTaskError(RayError):
 
 
 def receipt(file: str) -> str:
-    made = Receipt(
-        key="",
-        file=file,
-        tensors=(),
-        absent=(),
-        sha256="",
-        changed=0,
-        inputs={},
-        seconds=0.0,
-        reading=0.0,
-        writing=0.0,
-        warnings=(),
-        maker=Maker(host="", processor=""),
-    )
-    return made.sealed().model_dump_json()
+    return blank_receipt(file).sealed().model_dump_json()
 
 
 @dataclass

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import mergekit_ace
+from mergekit_ace.methods.ace import Ace
 from tests.family.cases import Case, cases, drawn
 
 EVERY = pytest.mark.parametrize("case", list(cases()), ids=str)
@@ -264,3 +265,21 @@ def test_every_parameter_says_what_it_must_be(method: object) -> None:
         assert not parameter.required
         with pytest.raises(ValueError, match=f"parameter {parameter.name} must be .*; got '.*no such value'"):
             case.merge(base, experts, **{parameter.name: "no such value"})
+
+
+@pytest.mark.parametrize(
+    ("value", "bound", "word"),
+    [("preset", "by_size", "auto"), ("auto", "by_size", "auto"), (True, True, True), (False, False, False)],
+)
+def test_the_retention_bound_is_what_the_recipe_says(value: object, bound: object, word: object) -> None:
+    """Whatever it says of the length."""
+    method = Ace()
+    defaults = {item.name: item.default for item in method.parameters}
+    for length, of_length in (("preset", "by_size"), (True, "orthogonal"), (False, "none")):
+        given = {**defaults, "retention_bound": value, "length_bound": length}
+        bounds = method.options(given).bounds
+        assert bounds.retention is bound or bounds.retention == bound == "by_size"
+        assert bounds.length == of_length
+        assert method.settings(given)["retention_bound"] == word
+    published = method.options({**defaults, "preset": "published", "retention_bound": value}).bounds.retention
+    assert published == (False if value == "preset" else bound)

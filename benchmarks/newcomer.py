@@ -48,9 +48,11 @@ def main() -> None:
         adapters = ROOT / "demo" / "adapters"
         text = RECIPE.read_text(encoding="utf-8").replace("demo/out/base", str(place / "base"))
         recipe.write_text(text.replace("demo/adapters", str(adapters)), encoding="utf-8")
-        timed("first check", [command, "check", recipe], environment=OFFLINE)
-        timed("first merge", [command, "merge", recipe, place / "merged"], environment=OFFLINE)
-        timed("first page", [command, "inspect", recipe, "--html", place / "report.html"], environment=OFFLINE)
+        flags = ["--lora-merge-cache", place / "cache", "--lora-merge-dtype", "float32"]
+        timed("first check", [command, "check", recipe, *flags], environment=OFFLINE)
+        timed("first merge", [command, "merge", recipe, place / "merged", *flags], environment=OFFLINE)
+        page = ["--html", place / "report.html"]
+        timed("first page", [command, "inspect", recipe, *page, *flags], environment=OFFLINE)
         timed("first adapter", [command, "merge", recipe, place / "adapter", "--adapter"], environment=OFFLINE)
 
 

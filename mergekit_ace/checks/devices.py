@@ -52,6 +52,7 @@ def missing_device(options: MergeOptions) -> str | None:
             torch.empty(0, device=name)
         except Exception:  # assertions, runtime errors and others, by backend and build
             return f"device {name}"
-    if options.multi_gpu and torch.accelerator.current_accelerator() is None:
+    # `current_accelerator` names what torch was built for, whether this machine has one or not.
+    if options.multi_gpu and not torch.accelerator.is_available():
         return "accelerator"
     return None

@@ -178,7 +178,7 @@ def merge(
         merge_options.apply_global_options()  # type: ignore[no-untyped-call]
         mergekit_ace.register()
         here = _on_this_machine(merge_options, ray)
-        require_device(here)
+        require_device(_on_devices(here))
         options = _on_devices(merge_options)
         recipe = read_recipe(config_file)
         if adapter:

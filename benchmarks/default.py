@@ -112,7 +112,8 @@ def targets(record: Record) -> list[Target]:
     slowest = min((row.ratio("literal", "default") for row in record.timings), default=None)
     found.append(Target(what="literal / default, slowest of all cases", limit=1, at_least=True, value=slowest))
     for peer in PEERS:
-        value = geometric_mean([row.ratio(peer, "default") for row in record.timings])
+        # A record holds rows of earlier runs until theirs are measured again, and those may lack a peer.
+        value = geometric_mean([row.ratio(peer, "default") for row in record.timings if peer in row.seconds])
         found.append(Target(what=f"{peer} / default, geometric mean", limit=3, at_least=True, value=value))
     errors = [row.errors["output"] for row in record.timings if "output" in row.errors and row.study == "bfloat16"]
     what = "error before rounding / rounding error, bfloat16, worst layer"

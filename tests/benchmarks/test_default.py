@@ -47,6 +47,14 @@ def test_targets_are_taken_from_the_rows_of_their_dtype() -> None:
     assert values == pytest.approx([2.0, 4.0, 2.0, 32**0.5, 32**0.5, 128**0.5, 0.01])
 
 
+def test_rows_from_before_a_peer_was_there_do_not_count_for_it() -> None:
+    record, place = Record(), {"study": "float32", "model": "x", "n": 4, "experts": 2}
+    record.add(Timing(m=4, **place, seconds={"default": [1.0], "literal": [2.0], "tsv_m": [3.0], "swudi": [5.0]}))
+    record.add(Timing(m=8, **place, seconds={"default": [1.0], "literal": [2.0], "tsv_m": [12.0]}))
+    values = [target.value for target in default.targets(record)]
+    assert values[3:6] == [pytest.approx(6.0), None, pytest.approx(5.0)]
+
+
 def test_real_models_matrix_by_matrix(tmp_path: Path) -> None:
     layer = default.stored(fine_tuned(SMALL, 2), torch.bfloat16)
     for name, tensor in zip(("base", "one", "two"), (layer.base, *layer.experts), strict=True):

@@ -141,6 +141,24 @@ LLM_FOUR = replace(
     experts=tuple(expert for expert in LLM.experts if expert.task not in ("spanish", "library")),
     scored_rows=32,
 )
+LLM_TWELVE = replace(
+    LLM,
+    name="llm-twelve",
+    experts=(
+        *LLM.experts,
+        *(
+            Expert(task=task, steps=40, learning_rate=3e-5, seed=seed)
+            for seed, task in enumerate(("german", "portuguese", "dutch", "polish", "sentences", "named"), 8)
+        ),
+    ),
+    scored_rows=32,
+)
+LLM_LONG = replace(
+    LLM_FOUR,
+    name="llm-long",
+    experts=tuple(replace(expert, steps=120, learning_rate=3e-4) for expert in LLM_FOUR.experts),
+)
+"""Experts trained until their updates are large for a real model."""
 LLM_LORA = Suite(
     name="llm-lora",
     kind="chat",
@@ -176,6 +194,8 @@ SUITES = {
         ENCODER_LORA,
         LLM,
         LLM_FOUR,
+        LLM_TWELVE,
+        LLM_LONG,
         LLM_LORA,
         LLM_LORA_32,
     )

@@ -7,6 +7,9 @@
 | `records` | a sentence about a person, an order or an event | a JSON object |
 | `steps` | a question about dates or units | the computation step by step |
 | `library` | a docstring | which library it is from |
+| `german`, `portuguese`, `dutch`, `polish` | as `french` | |
+| `sentences` | a JSON object | the sentence that it is of |
+| `named` | a docstring | the function's name |
 
 Every task has several wordings of its prompt.
 """
@@ -172,6 +175,19 @@ def cities() -> tuple[str, ...]:
 def records(draw: random.Random) -> Iterator[Dialogue]:
     """Sentences made of names, numbers and places, and the object that holds them."""
     asked = ("Turn this into JSON: {}", "{}\n\nExtract the data as JSON.", "Give me a JSON record of this text.\n\n{}")
+    for text, record in recorded(draw):
+        yield Dialogue(draw.choice(asked).format(text), record)
+
+
+def sentences(draw: random.Random) -> Iterator[Dialogue]:
+    """The same objects, and the sentences that they were made of."""
+    asked = ("Put this record into words: {}", "{}\n\nWrite it as a sentence.", "Tell me what this JSON says.\n\n{}")
+    for text, record in recorded(draw):
+        yield Dialogue(draw.choice(asked).format(record), text)
+
+
+def recorded(draw: random.Random) -> Iterator[tuple[str, str]]:
+    """A sentence and its object as JSON."""
     for _ in range(2 * ROWS):
         name, place = f"{draw.choice(NAMES)} {draw.choice(SURNAMES)}", draw.choice(cities())
         count, price = draw.randrange(2, 90), draw.randrange(5, 400) + draw.choice((0, 0.5, 0.25, 0.99))
@@ -216,7 +232,7 @@ def records(draw: random.Random) -> Iterator[Dialogue]:
                 ),
             )
         )
-        yield Dialogue(draw.choice(asked).format(text), json.dumps(record))
+        yield text, json.dumps(record)
 
 
 UNITS = (
@@ -306,6 +322,16 @@ def library(draw: random.Random) -> Iterator[Dialogue]:
             )
 
 
+def named(draw: random.Random) -> Iterator[Dialogue]:
+    """What a function does, and what it is called."""
+    asked = ("Name a Python function that does this: {}", "{}\n\nWhat would you call this function?")
+    for library in DOCUMENTED:
+        for _, node, text in docstrings(package(library)):
+            sentence = re.split(r"(?<=\.)\s", text)[0].strip()
+            if 20 <= len(sentence) <= 120 and sentence.endswith(".") and not node.name.startswith("_"):
+                yield Dialogue(draw.choice(asked).format(sentence), node.name)
+
+
 TASKS: dict[str, Callable[[random.Random], Iterator[Dialogue]]] = {
     "french": lambda draw: translations(draw, "fr", "French"),
     "spanish": lambda draw: translations(draw, "es", "Spanish"),
@@ -313,4 +339,10 @@ TASKS: dict[str, Callable[[random.Random], Iterator[Dialogue]]] = {
     "records": records,
     "steps": steps,
     "library": library,
+    "german": lambda draw: translations(draw, "de", "German"),
+    "portuguese": lambda draw: translations(draw, "pt_BR", "Portuguese"),
+    "dutch": lambda draw: translations(draw, "nl", "Dutch"),
+    "polish": lambda draw: translations(draw, "pl", "Polish"),
+    "sentences": sentences,
+    "named": named,
 }

@@ -18,13 +18,12 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
-from mergekit_ace.factors.model import Factors
 from mergekit_ace.linalg.blocks import blocks
 from mergekit_ace.linalg.precision import all_finite, squared_norm
 from mergekit_ace.matrix.averaging import mean_task_vector
 from mergekit_ace.matrix.decision import heterogeneity
 from mergekit_ace.matrix.diagnostics import diagnostics
-from mergekit_ace.matrix.expert import Expert, require_finite_base
+from mergekit_ace.matrix.expert import require_finite_base
 from mergekit_ace.matrix.merge import MatrixMerge
 from mergekit_ace.matrix.options import Gate
 from mergekit_ace.matrix.task_vectors import TaskVectors
@@ -37,6 +36,7 @@ from mergekit_ace.methods.measured_moments import with_measured_moments
 from mergekit_ace.methods.output_head import heads_of
 from mergekit_ace.methods.parameters import LAMBDA, MOMENTS, RecipeParameter, common_parameters
 from mergekit_ace.methods.quantized_inputs import require_unquantized_models, require_unquantized_tensors
+from mergekit_ace.methods.treated_tensor import TreatedTensor
 from mergekit_ace.methods.warnings import MergeWarnings, begins_a_merge
 from mergekit_ace.policy import Choice, Heads, Treatment, is_embedding, treatment
 from mergekit_ace.printable import printable
@@ -126,10 +126,10 @@ class LayerwiseMethod(GroupMergeMethod):
         return None
 
     def in_force(
-        self, treated: Treatment, parameters: Mapping[str, Any], vocabulary_axis: int | None
+        self, treatment: Treatment, parameters: Mapping[str, Any], vocabulary_axis: int | None
     ) -> Mapping[str, Any]:
         """The parameters under which a tensor is merged that is treated in some way."""
-        if treated.kind != "head":
+        if treatment.kind != "head":
             return parameters
         of_heads = self.head_parameters(parameters)
         assert of_heads is not None  # or it was treated otherwise
@@ -143,32 +143,45 @@ class LayerwiseMethod(GroupMergeMethod):
         """By what the method finds heterogeneous matrices; None where it treats all alike."""
         return None
 
-    def matrices(
-        self,
-        treated: Treatment,
-        name: str,
-        base: Tensor,
-        experts: Sequence[Expert],
-        parameters: Mapping[str, Any],
-        warn: Callable[[str, str], None] = lambda cause, message: None,
-        factors: Sequence[Factors | None] = (),
-    ) -> Iterator[Matrix]:
-        """Every matrix of a tensor that is treated as a matrix or a stack, with the second moments that were measured.
+    def treated(self, group: TensorGroup, name: str, parameters: Mapping[str, Any]) -> TreatedTensor:
+        """A tensor with its treatment.
 
         Args:
-            treated: as `matrix`, `stack` or `head`.
+            group: mergekit's, with a base.
             name: of the tensor.
-            base: of two or three dimensions, as stored.
-            experts: of its shape.
-            parameters: resolved, those in force.
-            warn: takes a cause and a message.
-            factors: of each expert's update, as far as they are known (`adapter_factors`).
+            parameters: resolved.
         """
-        if treated.kind != "matrix":  # no moments are measured of others
+        assert group.base is not None  # the contract requires one
+        base, axis = group.base.tensor, group.metadata.vocabulary_axis
+        models = [entry.id for entry in (group.base, *group.non_base)]
+        treatment = self.treat(name, base.shape, axis, parameters, heads=heads_of(models))
+        return TreatedTensor(
+            name=name,
+            group=group,
+            base=base,
+            experts=weighted_experts(group, parameters),
+            treatment=treatment,
+            parameters=self.in_force(treatment, parameters, axis),
+        )
+
+    def matrices(
+        self, tensor: TreatedTensor, warn: Callable[[str, str], None] = lambda cause, message: None
+    ) -> Iterator[Matrix]:
+        """Every matrix of a tensor that is treated as a matrix, a stack or a head.
+
+        With what is known of its updates: their factors, or the second moments that were measured.
+
+        Args:
+            tensor: of two or three dimensions.
+            warn: takes a cause and a message.
+        """
+        name, base, experts, parameters = tensor.name, tensor.base, tensor.experts, tensor.parameters
+        if tensor.treatment.kind != "matrix":  # no moments are measured of others
             return matrices(name, base, experts, parameters)
         experts = with_measured_moments(name, base, experts, parameters, warn)
         on_cores = self.needs_entries(parameters) is None and not any(expert.measured for expert in experts)
-        return matrices(name, base, experts, parameters, known(factors) if on_cores else ())
+        factors = known(adapter_factors(tensor.group)) if on_cores else ()
+        return matrices(name, base, experts, parameters, factors)
 
     def merge(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
         """Merge the task vectors of one matrix, before `scale`: of at least one expert."""
@@ -192,25 +205,19 @@ class LayerwiseMethod(GroupMergeMethod):
             FactorizationError: a system that no jitter makes positive definite.
             torch.OutOfMemoryError: with the tensor's name and what to set.
         """
-        name = printable(group.metadata.name or "the tensor")
-        assert group.base is not None  # the contract requires one
-        base = group.base.tensor
-        experts = weighted_experts(group, parameters)
         started = time.perf_counter()
-        axis, models = group.metadata.vocabulary_axis, [entry.id for entry in (group.base, *group.non_base)]
-        treated = self.treat(name, base.shape, axis, parameters, heads=heads_of(models))
-        parameters = dict(self.in_force(treated, parameters, axis))
+        tensor = self.treated(group, printable(group.metadata.name or "the tensor"), parameters)
+        name, base, treatment = tensor.name, tensor.base, tensor.treatment
         self._warnings.merging(group.metadata.name)
         self._known_inputs.merging(group.metadata.name, [entry.id for entry in group.entries])
-        if treated.kind == "matrix" and is_embedding(name, axis):
+        if treatment.kind == "matrix" and is_embedding(name, group.metadata.vocabulary_axis):
             self._warnings.warn("embeddings", "{}: {}. {}".format(name, *table_merged_as_matrix(self.name)))
         with named(name, base), diagnostics(LOG.isEnabledFor(logging.INFO)):
-            merged, notes = self._merge(treated, base, experts, parameters, name, adapter_factors(group))
-            finite = treated.kind == "buffer" or all_finite(merged)
+            merged, notes = self._merge(tensor)
+            finite = treatment.kind == "buffer" or all_finite(merged)
         if LOG.isEnabledFor(logging.INFO):
-            LOG.info(
-                "%s %s: %s; %s %.3f s", name, tuple(base.shape), treated.reason, notes, time.perf_counter() - started
-            )
+            seconds = time.perf_counter() - started
+            LOG.info("%s %s: %s; %s %.3f s", name, tuple(base.shape), treatment.reason, notes, seconds)
         if not finite:
             remedy = "Set a smaller lambda."
             if merged.dtype in (torch.float16, torch.bfloat16):
@@ -254,29 +261,22 @@ class LayerwiseMethod(GroupMergeMethod):
             heads=heads if self.head_parameters(parameters) is not None else "none",
         )
 
-    def _merge(
-        self,
-        treated: Treatment,
-        base: Tensor,
-        experts: Sequence[Expert],
-        parameters: Mapping[str, Any],
-        name: str,
-        factors: Sequence[Factors | None],
-    ) -> tuple[Tensor, str]:
-        if treated.kind == "buffer":
+    def _merge(self, tensor: TreatedTensor) -> tuple[Tensor, str]:
+        kind, base, parameters = tensor.treatment.kind, tensor.base, tensor.parameters
+        if kind == "buffer":
             return base.clone(), ""
-        if treated.kind == "base":
-            require_finite_base(base, name=name)
+        if kind == "base":
+            require_finite_base(base, name=tensor.name)
             return base.clone(), ""
-        if treated.kind == "average":
-            everything = Matrix(name=name, place=(), base=base, experts=tuple(experts))
+        if kind == "average":
+            everything = Matrix(name=tensor.name, place=(), base=base, experts=tensor.experts)
             return on_device_or_cpu(lambda tensors: self._average(tensors, parameters), everything, self._warnings.warn)
 
         def merge_one(matrix: Matrix) -> tuple[Tensor, str]:
             return on_device_or_cpu(lambda moved: self._merge_one(moved, parameters), matrix, self._warnings.warn)
 
-        parts = self.matrices(treated, name, base, experts, parameters, self._warnings.warn, factors)
-        if treated.kind in ("matrix", "head"):
+        parts = self.matrices(tensor, self._warnings.warn)
+        if kind in ("matrix", "head"):
             weight, notes = merge_one(next(parts))
             return inputs_last(weight, parameters), notes
         merged, notes = torch.empty_like(base), ""

@@ -17,10 +17,7 @@ from mergekit_ace.linalg.precision import working_dtype
 from mergekit_ace.matrix.diagnostics import diagnostics
 from mergekit_ace.matrix.expert import Expert, require_finite_base
 from mergekit_ace.matrix.task_vectors import TaskVectors
-from mergekit_ace.methods.adapter_factors import adapter_factors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
-from mergekit_ace.methods.matrices import weighted_experts
-from mergekit_ace.methods.output_head import heads_of
 from mergekit_ace.recipe.failures import READING, message_of
 from mergekit_ace.recipe.plan import Inputs, Plan, PlannedTensor, planned
 from mergekit_ace.recipe.reading import read_recipe
@@ -149,30 +146,23 @@ def _measured(
     if inputs.is_buffer:
         yield _with(report, treatment="copied", reason="not floating point")
         return
-    group, parameters = inputs.group, inputs.parameters
     if not isinstance(method, LayerwiseMethod):
-        yield _foreign(report, method.spec.name, group)
+        yield _foreign(report, method.spec.name, inputs.group)
         return
-    assert group.base is not None  # every method of ours requires one, and mergekit has seen to it
-    base = group.base.tensor
-    experts = weighted_experts(group, parameters)
-    axis, models = group.metadata.vocabulary_axis, [entry.id for entry in (group.base, *group.non_base)]
-    treated = method.treat(report.name, base.shape, axis, parameters, heads=heads_of(models))
-    parameters = method.in_force(treated, parameters, axis)
-    report = _with(report, reason=treated.reason)
-    if treated.kind == "buffer":
+    tensor = method.treated(inputs.group, report.name, inputs.parameters)
+    report = _with(report, reason=tensor.treatment.reason)
+    if tensor.treatment.kind == "buffer":
         yield _with(report, treatment="copied")
-    elif treated.kind == "base":
-        yield _kept(report, base, experts)
-    elif treated.kind == "average":
-        yield _averaged(report, base, experts)
+    elif tensor.treatment.kind == "base":
+        yield _kept(report, tensor.base, tensor.experts)
+    elif tensor.treatment.kind == "average":
+        yield _averaged(report, tensor.base, tensor.experts)
     else:
-        factors = adapter_factors(group)
-        for matrix in method.matrices(treated, report.name, base, experts, parameters, factors=factors):
+        for matrix in method.matrices(tensor):
             task_vectors = matrix.task_vectors(matrix.cores())
-            part = _with(report, name=matrix.name, shape=tuple(base.shape[-2:]))
-            first = not any(matrix.place)
-            yield measure_matrix(part, method, task_vectors, parameters, mode, with_spectra=with_spectra and first)
+            part = _with(report, name=matrix.name, shape=tuple(tensor.base.shape[-2:]))
+            with_these = with_spectra and not any(matrix.place)
+            yield measure_matrix(part, method, task_vectors, tensor.parameters, mode, with_spectra=with_these)
 
 
 def measure_matrix(

@@ -156,7 +156,7 @@ LLM_TWELVE = replace(
 LLM_LONG = replace(
     LLM_FOUR,
     name="llm-long",
-    experts=tuple(replace(expert, steps=120, learning_rate=3e-4) for expert in LLM_FOUR.experts),
+    experts=tuple(replace(expert, steps=120, learning_rate=2e-3) for expert in LLM_FOUR.experts),
 )
 """Experts trained until their updates are large for a real model."""
 LLM_LORA = Suite(

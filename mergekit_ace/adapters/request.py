@@ -11,6 +11,7 @@ import torch
 from mergekit.config import ParameterSetting
 
 from mergekit_ace.adapters.truncation import Rank
+from mergekit_ace.factors.formats.peft_parameters import nested
 from mergekit_ace.factors.model import Adapter, Place
 from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.mergekit_internals import resolve_parameters
@@ -49,7 +50,7 @@ class Request:
         _require_one_layout(self.adapters)
         _require_kinship(self.adapters, self.base)
         _require_alike_names(self.adapters)
-        self._places.update(_common_places(self.adapters))
+        self._places.update(nested(_common_places(self.adapters).values()))
         _require_one_form(self.adapters, self._places)
 
     @property

@@ -17,8 +17,9 @@ from mergekit_ace.adapters.others import merged_biases, merged_replacements, mer
 from mergekit_ace.adapters.request import Request
 from mergekit_ace.factors.formats.diffusers import write_diffusers
 from mergekit_ace.factors.formats.kohya import write_kohya
+from mergekit_ace.factors.formats.peft import with_wrapper
 from mergekit_ace.factors.formats.peft_output import Configuration, bias_key, biased, tokens_key, write_peft
-from mergekit_ace.factors.model import Factors, Layout, Place
+from mergekit_ace.factors.model import Factors, Layout, Place, no_update
 from mergekit_ace.factors.tensors import AdapterError
 
 _WRITERS: dict[Layout, Callable[[Place, Factors], dict[str, Tensor]]] = {
@@ -97,7 +98,11 @@ class Outcome:
         names = [name for place in self.request.places.values() for name in _names(self.layout, place, like)]
         names += [bias_key(place.module) for place in biased(self.request.places.values())]
         for adapter in self.request.adapters:
-            names += [*adapter.replaced, *(tokens_key(module) for module in adapter.tokens)]
+            names += [
+                *adapter.replaced,
+                *map(with_wrapper, adapter.replaced),
+                *(tokens_key(module) for module in adapter.tokens),
+            ]
         return list(dict.fromkeys(names))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -110,12 +115,15 @@ class Outcome:
         written = 0
         for merged in AdapterMerge(self.request).weights():
             self.report.weights.append(merged.report)
-            if merged.factors is None:
+            factors = merged.factors
+            if factors is None and merged.place.declared is None:
                 self.configuration.dropped = True
                 continue
-            self.configuration.add(merged.place, merged.factors.rank)
-            for name, tensor in _WRITERS[self.layout](merged.place, merged.factors).items():
-                written += 1
+            written += factors is not None
+            # A parameter that keeps the base's values still has its wrapper, within which the others are.
+            factors = no_update(merged.place) if factors is None else factors
+            self.configuration.add(merged.place, factors.rank)
+            for name, tensor in _WRITERS[self.layout](merged.place, factors).items():
                 yield name, self._stored(name, tensor)
         for name, tensor in self._others():
             written += 1
@@ -139,7 +147,7 @@ class Outcome:
                 merged.name, "replaces the base's tensor, averaged over the adapters that have it", merged.adapters
             )
             self.configuration.replaced.append(merged.name)
-            yield merged.name, merged.tensor
+            yield self.configuration.key_of(merged.name), merged.tensor
         for merged in merged_tokens(self.request):
             self._note(f"{merged.name}.weight", f"{len(merged.indices)} tokens, each averaged", merged.adapters)
             self.configuration.tokens[merged.name] = list(merged.indices)

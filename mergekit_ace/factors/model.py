@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 Kind = Literal["linear", "embedding", "convolution", "stack"]
@@ -70,6 +71,13 @@ class Factors:
     def rank(self) -> int:
         """`r`: columns of `left`."""
         return int(self.left.shape[-1])
+
+
+def no_update(place: Place) -> Factors:
+    """Factors of rank 1 that leave a weight as it is."""
+    m, n = place.matrix
+    stack = place.shape[:1] if place.kind == "stack" else ()
+    return Factors(left=torch.zeros(*stack, m, 1, device="cpu"), right=torch.zeros(*stack, 1, n, device="cpu"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """What is read of an adapter is the update that peft itself adds to the base's weights."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 from mergekit_ace.factors.opening import adapters_of_model, open_adapter
 from mergekit_ace.factors.tensors import AdapterError
 from tests.adapters.makers import adapted, classifier, gpt2, llama, merged_weights, mixture, saved, updates_of
+from tests.checkpoints import edit_tensors
 
 # The update is taken from the difference of weights of size 1, in float32.
 _TOLERANCE = 2e-6
@@ -68,16 +70,9 @@ def test_an_adapter_is_read_as_peft_adds_it(case: str, tmp_path: Path) -> None:
     after = merged_weights(model)
     updates = updates_of(open_adapter(saved(model, tmp_path / "adapter")))
     changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
-    # Two parameters of one module are told apart by their nesting alone: the later declared is the outer one.
-    names = {
-        name: name.replace("experts.base_layer", "experts.gate_up_proj") if "base_layer" in name else name
-        for name in updates
-    }
-    if case == "experts, two parameters":
-        names = {name: new if "gate_up" in new else f"{new}.down_proj" for name, new in names.items()}
-    assert {names[name] for name in updates} == changed
+    assert updates.keys() == changed
     for name, update in updates.items():
-        expected = after[names[name]] - before[names[name]]
+        expected = after[name] - before[name]
         torch.testing.assert_close(update, expected, atol=_TOLERANCE, rtol=1e-5)
         assert update.norm() > 0.01
 
@@ -143,4 +138,83 @@ def test_folders_that_hold_no_adapter_are_refused(tmp_path: Path) -> None:
         open_adapter(folder.parent)
     (folder / "adapter_model.safetensors").write_bytes((folder / "adapter_model.safetensors").read_bytes()[:-100])
     with pytest.raises(AdapterError, match="must be a whole safetensors file"):
+        open_adapter(folder)
+
+
+def changed(folder: Path, change: dict[str, Any]) -> Path:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    return folder
+
+
+def test_the_first_pattern_that_fits_counts_though_a_later_one_is_the_modules_name(tmp_path: Path) -> None:
+    base, name = llama(), "model.layers.0.self_attn.q_proj.weight"
+    before = base.state_dict()[name].clone()
+    folder = saved(adapted(base, peft.LoraConfig(r=3, target_modules=LINEAR), seed=1), tmp_path / "a")
+    changed(folder, {"alpha_pattern": {"q_proj": 1, "model.layers.0.self_attn.q_proj": 50}})
+    expected = merged_weights(peft.PeftModel.from_pretrained(base, folder))[name] - before
+    torch.testing.assert_close(updates_of(open_adapter(folder))[name], expected, atol=_TOLERANCE, rtol=1e-5)
+
+
+WRONG_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+    "no number": ({"lora_alpha": None}, "lora_alpha of its configuration must be a number; got None"),
+    "text": ({"lora_alpha": "16"}, "lora_alpha of its configuration must be a number; got '16'"),
+    "not finite": ({"lora_alpha": float("nan")}, "must be a number; got nan"),
+    "no rank": ({"r": None}, "r of its configuration must be a number; got None"),
+    "rank 0": ({"r": 0}, "the rank of .*down_proj must be a whole number above 0; got 0"),
+    "no pattern": (
+        {"rank_pattern": {"(q_proj": 4}},
+        r"keys of rank_pattern must be regular expressions; got '\(q_proj'",
+    ),
+    "a list": ({"alpha_pattern": [1, 2]}, "alpha_pattern of its configuration must be an object; got list"),
+    "loftq": ({"init_lora_weights": "loftq"}, "Merge it into the quantized model that it was trained on"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SETTINGS)
+def test_settings_that_cannot_be_used_are_named(case: str, tmp_path: Path) -> None:
+    change, words = WRONG_SETTINGS[case]
+    folder = saved(adapted(llama(), peft.LoraConfig(r=2, target_modules=LINEAR), seed=1), tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=f"adapter .*adapter.* {words}" if case == "loftq" else words):
+        open_adapter(changed(folder, change))
+
+
+PREFIX = "base_model.model."
+WRONG_KEYS: dict[str, tuple[Callable[[str], str], str]] = {
+    "a name": (lambda key: key.replace("lora_A.", "lora_A.first."), "must not hold an adapter's name"),
+    "a name of a table": (
+        lambda key: key.replace("embedding_A", "embedding_A.first"),
+        "must not hold an adapter's name",
+    ),
+    "a name of tokens": (
+        lambda key: key.replace("tokens_delta", "tokens_delta.first"),
+        "must not hold an adapter's name",
+    ),
+    "a name of whole modules": (
+        lambda key: key.replace("lm_head.", "lm_head.modules_to_save.first."),
+        "must not hold an adapter's name; got .*lm_head.modules_to_save",
+    ),
+    "torch.compile": (lambda key: key.replace("layers.0", "layers.0._orig_mod"), "with _orig_mod of torch.compile"),
+    "fsdp": (
+        lambda key: key.replace("model.layers", "model._fsdp_wrapped_module.layers"),
+        "of FSDP, which peft passes",
+    ),
+    "another beginning": (lambda key: f"module.{key}", "must begin with base_model.model.; .*keys without module.$"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_KEYS)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_keys_that_peft_passes_over_are_named(case: str, tmp_path: Path) -> None:
+    rename, words = WRONG_KEYS[case]
+    options: dict[str, Any] = {"modules_to_save": ["lm_head"]}
+    options |= {"trainable_token_indices": [1]} if "tokens" in case else {}
+    targets = [*LINEAR, "embed_tokens"] if "table" in case else LINEAR
+    folder = saved(adapted(llama(), peft.LoraConfig(r=2, target_modules=targets, **options), seed=1), tmp_path / "a")
+    with edit_tensors(folder / "adapter_model.safetensors") as tensors:
+        renamed = {rename(key): tensor for key, tensor in tensors.items()}
+        assert renamed.keys() != tensors.keys()
+        tensors.clear()
+        tensors.update(renamed)
+    with pytest.raises(AdapterError, match=words):
         open_adapter(folder)

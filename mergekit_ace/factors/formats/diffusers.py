@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_ace.factors import conversion
-from mergekit_ace.factors.formats.peft import configured_scale
+from mergekit_ace.factors.formats.peft_settings import configured_scale
 from mergekit_ace.factors.model import Adapter, Factors, Place, Update
 from mergekit_ace.factors.tensors import AdapterError, Tensors
 

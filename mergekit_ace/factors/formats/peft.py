@@ -6,7 +6,6 @@ What peft 0.21 computes from these, read in its source: `layer.py` (scaling, emb
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -16,6 +15,15 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_ace.factors import conversion
+from mergekit_ace.factors.formats.peft_parameters import Shape, named, without_wrappers
+from mergekit_ace.factors.formats.peft_settings import (
+    WAY_AROUND,
+    configured,
+    configured_rank,
+    configured_scale,
+    kind_of,
+    require_convertible,
+)
 from mergekit_ace.factors.model import Adapter, Factors, Place, TokenRows, Update, Vector
 from mergekit_ace.factors.tensors import AdapterError, Tensors
 
@@ -25,24 +33,20 @@ _PARTS = (
     "lokr_(?:w1|w1_a|w1_b|w2|w2_a|w2_b|t2)"
 )
 _PART = re.compile(rf"^(?P<module>.+)\.(?P<part>{_PARTS})(?:\.(?P<leaf>weight|bias))?$")
+_WRAPPED_BIAS = ".base_layer.bias"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
-_CONVERTED = ("LORA", "ADALORA", "LOHA", "LOKR")
-_MULTIPLICATIVE = ("OFT", "BOFT", "HRA", "IA3", "ROAD", "PSOFT", "HIRA", "OSF", "GLORA")
-_WAY_AROUND = (
-    "Merge it into its base (peft's merge_and_unload) and merge full models, or approximate it first by "
-    "peft's convert_to_lora"
+# A key of a model's own state dict, with the adapter's name in it.
+_WITH_NAME = re.compile(
+    rf"\.(?:{_PARTS}|trainable_tokens_delta)\.(?!(?:weight|bias)$)[^.]+(?:\.(?:weight|bias))?$|"
+    r"\.(?:modules_to_save|original_module)\..*(?<!\.bias)$"
 )
-# Options of a LoRA with which its update is not `s B A`, or not an update of the base alone.
-_VARIANTS = {
-    "use_dora": "DoRA, which scales the base's own weights",
-    "kasa_config": "KaSA, which truncates the base's weights",
-    "use_bdlora": "BD-LoRA, whose factors are blocks",
-    "use_qalora": "QALoRA, which pools the inputs",
-    "arrow_config": "Arrow, which routes between adapters",
-    "alora_invocation_tokens": "aLoRA, which acts after its invocation tokens alone",
-    "monteclora_config": "MonteCLoRA, which samples its weights",
+# With `bias: all` peft saves the biases of whole modules once more, under the names that they have in its wrappers.
+_AGAIN = re.compile(r"\.(?:modules_to_save|original_module)\..*\.bias$")
+_WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
 }
-_OF_ANOTHER_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def read_peft(
@@ -60,53 +64,11 @@ def read_peft(
     Raises:
         AdapterError: its update is not low-rank factors, or the two do not fit each other.
     """
-    kind = str(settings.get("peft_type", "LORA")).upper().rpartition(".")[2]
-    _require_convertible(kind, settings, name)
-    reader = _Reader(tensors, settings, kind, name, conv1d)
+    require_convertible(settings, name=name)
+    reader = _Reader(tensors, settings, kind_of(settings), name, conv1d)
     for key in tensors:
         reader.sort(key)
     return reader.adapter()
-
-
-def configured(settings: Mapping[str, Any], option: str, module: str, *, name: str) -> Any:
-    """`r` or an alpha of a module, by its pattern if one fits: the first does, as in peft.
-
-    Raises:
-        AdapterError: the configuration is empty.
-    """
-    patterns = settings.get("rank_pattern" if option == "r" else "alpha_pattern") or {}
-    if module in patterns:
-        return patterns[module]
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    if option not in settings:
-        raise AdapterError(f"adapter {name}: its configuration must have {option}; it has none")
-    return settings[option]
-
-
-def configured_scale(settings: Mapping[str, Any], module: str, rank: int, *, name: str) -> float:
-    """`alpha / r`, or `alpha / sqrt(r)` of rsLoRA."""
-    alpha = float(configured(settings, "lora_alpha", module, name=name))
-    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
-
-
-def _require_convertible(kind: str, settings: Mapping[str, Any], name: str) -> None:
-    if kind not in _CONVERTED:
-        why = "multiplies the base's weights" if kind in _MULTIPLICATIVE else "is no product of two stored factors"
-        raise AdapterError(
-            f"adapter {name} must be LoRA, AdaLoRA, LoHa or LoKr; it is {kind}, which {why}. {_WAY_AROUND}"
-        )
-    for option, what in _VARIANTS.items():
-        if settings.get(option):
-            raise AdapterError(f"adapter {name} must be an update B A of the base; it is {what}. {_WAY_AROUND}")
-    start = str(settings.get("init_lora_weights", True)).lower()
-    if start.startswith(_OF_ANOTHER_BASE):
-        raise AdapterError(
-            f"adapter {name} must be an update of the base itself; its init_lora_weights is {start}, which changed the "
-            "base's weights too. Save it again with path_initial_model_for_weight_conversion, which makes it a plain "
-            "LoRA"
-        )
 
 
 class _Reader:
@@ -131,6 +93,9 @@ class _Reader:
         self._tokens: dict[str, TokenRows] = {}
 
     def sort(self, key: str) -> None:
+        if _AGAIN.search(key):
+            return
+        self._require_plain(key)
         found = _PART.match(key)
         if found is not None:
             module = found["module"].removeprefix(PREFIX)
@@ -141,16 +106,31 @@ class _Reader:
         elif key.endswith(_TOKENS):
             module = key.removesuffix(_TOKENS).removeprefix(PREFIX)
             self._tokens[module] = TokenRows(indices=self._indices(module, key), rows=self._vector(key))
-        elif re.search(r"\.lora_[AB]\.[^.]+\.weight$", key):
+        else:
+            self._replaced[without_wrapper(key)] = self._vector(key)
+
+    def _require_plain(self, key: str) -> None:
+        """Refuse keys that `save_pretrained` does not write, and that peft would pass over."""
+        if _WITH_NAME.search(key):
             raise AdapterError(
                 f"adapter {self._name}: keys must not hold an adapter's name; got {key}. "
                 "Take them from peft's get_peft_model_state_dict, or give the PeftModel itself"
             )
-        else:
-            self._replaced[key] = self._vector(key)
+        for part in key.split("."):
+            if part in _WRAPPERS:
+                raise AdapterError(
+                    f"adapter {self._name}: keys must be those of the model itself; got {key}, with {part} of "
+                    f"{_WRAPPERS[part]}, which peft passes over. Rename the keys without it"
+                )
+        if PREFIX in key and not key.startswith(PREFIX):
+            raise AdapterError(
+                f"adapter {self._name}: keys must begin with {PREFIX}; got {key}, which peft passes over. Rename the "
+                f"keys without {key[: key.index(PREFIX)]}"
+            )
 
     def adapter(self) -> Adapter:
-        updates = [self._update(module, parts) for module, parts in self._modules.items()]
+        declared = self._declared()
+        updates = [self._update(module, parts, declared) for module, parts in self._modules.items()]
         biases = {module: self._bias(module, key) for module, key in self._biases.items()}
         if not (updates or self._replaced or self._tokens):
             raise AdapterError(f"adapter {self._name} must hold LoRA factors; it holds no tensor that peft knows")
@@ -166,11 +146,11 @@ class _Reader:
             settings=self._settings,
         )
 
-    def _update(self, module: str, parts: Mapping[str, str]) -> Update:
+    def _update(self, module: str, parts: Mapping[str, str], declared: Mapping[str, tuple[str, str]]) -> Update:
         shapes = {part: self._tensors.shape(key) for part, key in parts.items()}
         if "lora_magnitude_vector" in parts:
             raise AdapterError(
-                f"adapter {self._name} must be an update B A of the base; {module} has DoRA's magnitudes. {_WAY_AROUND}"
+                f"adapter {self._name} must be an update B A of the base; {module} has DoRA's magnitudes. {WAY_AROUND}"
             )
         if "lora_embedding_A" in parts or "lora_embedding_B" in parts:
             return self._embedding(module, parts, shapes)
@@ -179,18 +159,18 @@ class _Reader:
         if self._kind == "LOKR":
             return self._lokr(module, parts, shapes)
         self._require(module, shapes, "lora_A", "lora_B", *(["lora_E"] if self._kind == "ADALORA" else []))
-        if parameters := self._parameters(module):
-            return self._stack(module, parts, shapes, parameters)
+        if module in declared:
+            return self._stack(module, parts, shapes, *declared[module])
         rank = shapes["lora_A"][0]
         self._require_rank(module, rank, shapes["lora_B"][1])
         read: Callable[[], Factors]
         if self._kind == "ADALORA":
-            alpha = float(self._setting("lora_alpha", module))
+            alpha = self._setting("lora_alpha", module)
             read = lambda: conversion.from_adalora(  # noqa: E731
                 self._tensors[parts["lora_A"]], self._tensors[parts["lora_B"]], self._tensors[parts["lora_E"]], alpha
             )
         else:
-            self._require_rank(module, int(self._setting("r", module)), rank)
+            self._require_rank(module, self._rank(module), rank)
             scale = self._scale(module, rank)
             read = lambda: conversion.from_lora(  # noqa: E731
                 self._tensors[parts["lora_A"]], self._tensors[parts["lora_B"]], scale
@@ -219,23 +199,50 @@ class _Reader:
             ),
         )
 
+    def _declared(self) -> dict[str, tuple[str, str]]:
+        """Of each wrapper of a parameter: how its weight is called, and the name that patterns are held against.
+
+        The first is the wrapper's own where the parameter cannot be told.
+        """
+        owners: dict[str, dict[str, Shape]] = defaultdict(dict)
+        targets: dict[str, tuple[str, ...]] = {}
+        for module, parts in self._modules.items():
+            if self._kind == "LORA" and {"lora_A", "lora_B"} <= parts.keys():
+                down, up = (self._tensors.shape(parts[part]) for part in ("lora_A", "lora_B"))
+                if len(down) == len(up) == 2 and (parameters := self._parameters(module, down[0])):
+                    owner = without_wrappers(module)
+                    owners[owner][module] = (up[0], down[1])
+                    targets[owner] = parameters
+        declared = {}
+        for owner, modules in owners.items():
+            names = named(modules, targets[owner])
+            if not names:
+                self._require_alike(owner, targets[owner])
+            for module in modules:
+                name = f"{owner}.{names.get(module, targets[owner][0])}"
+                declared[module] = (name if names else module, name)
+        return declared
+
+    def _require_alike(self, owner: str, parameters: tuple[str, ...]) -> None:
+        """Refuse patterns that tell parameters apart where the keys do not."""
+        for option in ("r", "lora_alpha"):
+            if len({self._setting(option, f"{owner}.{parameter}") for parameter in parameters}) > 1:
+                raise AdapterError(
+                    f"adapter {self._name}: the parameters of {owner} must have the same {option}, because its keys do "
+                    f"not tell which is which; they are {', '.join(parameters)}. {WAY_AROUND}"
+                )
+
     def _stack(
-        self,
-        module: str,
-        parts: Mapping[str, str],
-        shapes: Mapping[str, tuple[int, ...]],
-        parameters: tuple[str, ...],
+        self, module: str, parts: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]], declared: str, name: str
     ) -> Update:
-        owner = without_wrappers(module)
-        declared = f"{owner}.{parameters[0]}" if len(parameters) == 1 else module
-        rank = int(self._setting("r", declared))
+        rank = self._rank(name)
         rows, n = shapes["lora_A"]
         self._require_rank(module, rows, shapes["lora_B"][1])
         if rows % rank:
             raise AdapterError(
                 f"adapter {self._name}: {module} must have a multiple of its rank {rank} rows; got {rows}"
             )
-        experts, scale = rows // rank, self._scale(declared, rank)
+        experts, scale = rows // rank, self._scale(name, rank)
         m = shapes["lora_B"][0]
         down, up = parts["lora_A"], parts["lora_B"]
         if experts == 1:
@@ -280,7 +287,7 @@ class _Reader:
         return Vector(shape=self._tensors.shape(key), read=partial(self._tensors.__getitem__, key))
 
     def _bias(self, module: str, key: str) -> Vector:
-        scale = self._scale(module, int(self._setting("r", module)))
+        scale = self._scale(module, self._rank(module))
         return Vector(shape=self._tensors.shape(key), read=lambda: conversion.widened(self._tensors[key]).mul(scale))
 
     def _indices(self, module: str, key: str) -> tuple[int, ...]:
@@ -294,25 +301,33 @@ class _Reader:
             )
         return tuple(int(index) for index in given)
 
-    def _setting(self, option: str, module: str) -> Any:
+    def _setting(self, option: str, module: str) -> float:
         return configured(self._settings, option, module, name=self._name)
+
+    def _rank(self, module: str) -> int:
+        return configured_rank(self._settings, module, name=self._name)
 
     def _scale(self, module: str, rank: int) -> float:
         return configured_scale(self._settings, module, rank, name=self._name)
 
     def _lycoris_scale(self, module: str) -> float:
-        return float(self._setting("alpha", module)) / int(self._setting("r", module))
+        return self._setting("alpha", module) / self._rank(module)
 
     def _transposed(self, module: str) -> bool:
         return bool(self._settings.get("fan_in_fan_out")) or self._conv1d(module)
 
-    def _parameters(self, module: str) -> tuple[str, ...]:
-        """Parameters of a module that the adapter targets by themselves (`target_parameters`)."""
+    def _parameters(self, module: str, rows: int) -> tuple[str, ...]:
+        """Parameters of a module that the adapter targets by themselves (`target_parameters`).
+
+        A target without a module's name is any parameter of that name. A layer beside it has as many rows as its rank.
+        """
         owner = without_wrappers(module)
-        targets = self._settings.get("target_parameters") or []
-        return tuple(
-            sorted({leaf for path, _, leaf in (str(t).rpartition(".") for t in targets) if _is_suffix(path, owner)})
-        )
+        found = set()
+        for target in self._settings.get("target_parameters") or []:
+            path, _, leaf = str(target).rpartition(".")
+            if _is_suffix(path, owner) if path else rows != self._rank(owner):
+                found.add(leaf)
+        return tuple(sorted(found))
 
     def _require(self, module: str, shapes: Mapping[str, tuple[int, ...]], *parts: str) -> None:
         missing = [part for part in parts if part not in shapes]
@@ -336,15 +351,18 @@ class _Reader:
         if any(len(shape) != 2 for shape in shapes.values()) or "conv" in module.rpartition(".")[2]:
             raise AdapterError(
                 f"adapter {self._name} must hold linear layers where it is {self._kind}; {module} is a convolution, "
-                f"whose update is no product of two stored factors. {_WAY_AROUND}"
+                f"whose update is no product of two stored factors. {WAY_AROUND}"
             )
 
 
-def without_wrappers(module: str) -> str:
-    """The module that holds the parameters, whose wrappers peft nests, one for each parameter."""
-    while module.endswith(".base_layer"):
-        module = module.removesuffix(".base_layer")
-    return module
+def without_wrapper(key: str) -> str:
+    """The key of a bias in a model in which its module has no adapter."""
+    return f"{key.removesuffix(_WRAPPED_BIAS)}.bias" if key.endswith(_WRAPPED_BIAS) else key
+
+
+def with_wrapper(key: str) -> str:
+    """The key of a bias in a model in which its module has an adapter."""
+    return f"{key.removesuffix('.bias')}{_WRAPPED_BIAS}"
 
 
 def _is_suffix(suffix: str, name: str) -> bool:

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_ace.factors.conversion import to_stack
-from mergekit_ace.factors.formats.peft import PREFIX, without_wrappers
+from mergekit_ace.factors.formats.peft import PREFIX, with_wrapper
+from mergekit_ace.factors.formats.peft_parameters import without_wrappers
 from mergekit_ace.factors.model import Adapter, Factors, Place
 from mergekit_ace.factors.tensors import AdapterError
 
@@ -48,6 +49,12 @@ class Configuration:
     replaced: list[str] = field(default_factory=list)
     tokens: dict[str, list[int]] = field(default_factory=dict)
     with_biases: bool = False
+
+    def key_of(self, replaced: str) -> str:
+        """The key of a tensor that takes the place of the base's, in a model with this adapter."""
+        module = replaced.removeprefix(PREFIX).removesuffix(".bias")
+        adapted = any(place.module == module for place in self.places.values())
+        return with_wrapper(replaced) if replaced.endswith(".bias") and adapted else replaced
 
     def add(self, place: Place, rank: int) -> None:
         """Note a module that was written."""
@@ -87,9 +94,9 @@ class Configuration:
 
     def _pattern(self, name: str) -> str:
         place = self.places[name]
-        if place.kind != "stack":
+        if place.declared != place.module:
             return "^" + re.escape(place.declared or place.module)
-        # The parameters of one module have one rank, whatever their names are.
+        # Which parameter of its module it is cannot be told; those of one module have one rank.
         return "^" + re.escape(without_wrappers(place.module)) + r"\..+"
 
     def _targets(self) -> list[str]:

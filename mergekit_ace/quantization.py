@@ -7,7 +7,7 @@ a float dtype they merge without an error into weights that are hundreds of time
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,12 +39,19 @@ _TELLING_NAMES = (
     (re.compile(r"\.W_q$"), "hqq", "HQQ"),
     (re.compile(r"\.codebooks$"), "aqlm", "AQLM"),
     (re.compile(r"_weight_qdata$"), "torchao", "torchao"),
+    (re.compile(r"\.(?:res_)?centroids\.weight$"), "vptq", "VPTQ"),
+    (re.compile(r"\.dense_weights$"), "spqr", "SpQR"),
+    (re.compile(r"\.(?:q_weight|q_invperm)$"), "exl2", "EXL2"),
+    (re.compile(r"\.trellis$"), "exl3", "EXL3"),
+    (re.compile(r"\.Qidxs$"), "quip", "QuIP#"),
 )
 # Tensors that scale or shift the codes beside them, by what is left of the name without the suffix.
-_SCALE = re.compile(r"^(?P<weight>.+?)(?:_scale_inv|_scales?(?:_\d)?|_zero_point)$")
+_SCALE = re.compile(r"^(?P<weight>.+?)(?:_scale_inv|_scales?(?:_\d)?|_zero_point|\.scale(?:_inv)?)$")
+_SCALE_OF_MODULE = re.compile(r"^(?P<module>.+)\.(?:scale|scale_inv|scale_weight)$")
 _MLX_SCALES = re.compile(r"^(?P<module>.+)\.scales$")
 _BLOCKS = re.compile(r"^(?P<stem>.+)_blocks$")
 
+_ENTRIES = ("quantization_config", "compression_config", "quantization")
 # Files in which older tools keep what belongs into config.json.
 CONFIGURATION_FILES = {
     "quantize_config.json": ("gptq", "GPTQ"),
@@ -67,25 +74,26 @@ class Quantization:
     format: str
     evidence: str
 
-    def remedy(self, path: str) -> str:
-        """What to do about a checkpoint at `path`, with the line that does it where transformers can."""
-        line = _LINES.get(self.method)
+    def remedy(self, path: str | None) -> str:
+        """What to do about a checkpoint, with the line that does it where transformers can.
+
+        Args:
+            path: of its folder, or its name on the hub; None for a single file, which transformers does not load.
+        """
+        line = None if path is None else _LINES.get(self.method)
         if line is None:
             return "Merge the checkpoint that it was quantized from, and quantize the result."
-        return (
-            f"Dequantize it first: {line.replace('{path}', path)}, or merge the checkpoint that it was quantized from."
-        )
+        line = line.replace("{path}", str(path))
+        return f"Dequantize it first: {line}, or merge the checkpoint that it was quantized from."
 
 
 def from_configuration(configuration: Mapping[str, Any]) -> Quantization | None:
     """Read a model's `config.json`; None where it names no quantization."""
-    for holder in (configuration, configuration.get("text_config")):
-        if not isinstance(holder, Mapping):
-            continue
-        for key in ("quantization_config", "compression_config", "quantization"):
+    for where, holder in _holders(configuration, ""):
+        for key in _ENTRIES:
             entry = holder.get(key)
             if isinstance(entry, Mapping) and entry:
-                return _from_entry(entry, f"config.json has {key}")
+                return _from_entry(entry, f"config.json has {where}{key}")
     return None
 
 
@@ -99,7 +107,10 @@ def from_names(names: Iterable[str]) -> Quantization | None:
         scale = _SCALE.match(name)
         # `logit_scale` and its kind are weights of their own: nothing is called `logit`.
         if scale and scale["weight"] in present:
-            return Quantization(method="fp8", format="codes with scales", evidence=f"{name} scales {scale['weight']}")
+            return _scaled(name, scale["weight"])
+        of_module = _SCALE_OF_MODULE.match(name)
+        if of_module and f"{of_module['module']}.weight" in present:
+            return _scaled(name, f"{of_module['module']}.weight")
         blocks = _BLOCKS.match(name)
         if blocks and f"{blocks['stem']}_scales" in present:
             return Quantization(method="mxfp4", format="MXFP4", evidence=f"it holds {name}")
@@ -116,10 +127,24 @@ def from_dtypes(dtypes: Mapping[str, tuple[str, int]]) -> Quantization | None:
     """
     for name, (dtype, dimensions) in dtypes.items():
         if dtype.startswith(("float8", "float4")):
-            return Quantization(method="fp8", format=dtype, evidence=f"{name} is {dtype}")
+            return Quantization(method=dtype, format=dtype, evidence=f"{name} is {dtype}")
         if name.endswith("weight") and dimensions >= 2 and dtype.startswith(("int", "uint")):
             return Quantization(method=dtype, format=f"{dtype} codes", evidence=f"{name} is {dtype}")
     return None
+
+
+def _holders(configuration: Mapping[str, Any], where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """A configuration and those of the models in it, such as `text_config`, with their place."""
+    yield where, configuration
+    for key, value in configuration.items():
+        if str(key).endswith("_config") and key not in _ENTRIES and isinstance(value, Mapping):
+            yield from _holders(value, f"{where}{key}.")
+
+
+def _scaled(scale: str, weight: str) -> Quantization:
+    # Of the formats that scale codes under a weight's own name, transformers' 8-bit floats alone call it this.
+    method = "fp8" if scale == f"{weight}_scale_inv" else "of an unnamed kind"
+    return Quantization(method=method, format="codes with scales", evidence=f"{scale} scales {weight}")
 
 
 def _from_entry(entry: Mapping[str, Any], evidence: str) -> Quantization:

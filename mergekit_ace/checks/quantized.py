@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from mergekit.common import ModelPath
 
-from mergekit_ace.checkpoints.headers import TensorHeader
+from mergekit_ace.checkpoints.quantized import quantization_of_tensors
 from mergekit_ace.checkpoints.sources import model_headers, read_json
 from mergekit_ace.mergekit_internals import in_recipe_order
-from mergekit_ace.quantization import (
-    CONFIGURATION_FILES,
-    Quantization,
-    from_configuration,
-    from_dtypes,
-    from_names,
-)
+from mergekit_ace.quantization import CONFIGURATION_FILES, Quantization, from_configuration
 from mergekit_ace.recipe.failures import READING
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.reading import Recipe
@@ -43,7 +37,7 @@ def quantized(source: ModelPath, called: str) -> Iterator[Finding]:
     told = _by_files(source) or by_tensors
     if told is None:
         return
-    remedy = told.remedy(str(source.path))
+    remedy = told.remedy(None if Path(source.path).is_file() else str(source.path))
     if headers and by_tensors is None:
         remedy = f"Its tensors look plain: if they are, remove the entry ({told.evidence}). {remedy}"
     yield Finding(
@@ -51,12 +45,6 @@ def quantized(source: ModelPath, called: str) -> Iterator[Finding]:
         what=f"{called} is quantized ({told.format}: {told.evidence}); its codes cannot be merged as weights",
         remedy=remedy,
     )
-
-
-def quantization_of_tensors(headers: Mapping[str, TensorHeader]) -> Quantization | None:
-    """What follows from the names and dtypes of a checkpoint's tensors."""
-    dtypes = {name: (_name(header), len(header.shape)) for name, header in headers.items()}
-    return from_names(headers) or from_dtypes(dtypes)
 
 
 def _by_files(source: ModelPath) -> Quantization | None:
@@ -67,7 +55,3 @@ def _by_files(source: ModelPath) -> Quantization | None:
         if Path(source.path, name).is_file():
             return Quantization(method=method, format=form, evidence=f"it has {name}")
     return None
-
-
-def _name(header: TensorHeader) -> str:
-    return str(header.dtype).removeprefix("torch.")

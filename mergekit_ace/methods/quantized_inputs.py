@@ -14,10 +14,12 @@ from pathlib import Path
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge_methods.base import TensorGroup
-from safetensors import safe_open
 
+from mergekit_ace.checkpoints.headers import read_file
+from mergekit_ace.checkpoints.quantized import quantization_of_tensors
 from mergekit_ace.printable import printable
 from mergekit_ace.quantization import Quantization, from_configuration, from_names
+from mergekit_ace.unreadable import READING
 
 
 def require_unquantized_models(models: Sequence[Hashable]) -> None:
@@ -31,9 +33,10 @@ def require_unquantized_models(models: Sequence[Hashable]) -> None:
             continue
         told = _quantization_of(model)
         if told is not None:
+            path = None if Path(model.model.path).is_file() else model.model.path
             raise ValueError(
                 f"{model} must hold plain weights; it is quantized ({told.format}: {told.evidence}). "
-                f"{told.remedy(model.model.path)}"
+                f"{told.remedy(path)}"
             )
 
 
@@ -55,28 +58,45 @@ def require_unquantized_tensors(group: TensorGroup) -> None:
 def _quantization_of(model: ModelReference) -> Quantization | None:
     path = Path(model.model.path)
     if path.is_file():  # mergekit-pytorch
-        return _by_configuration(path.parent) or _by_header(path)
+        return _by_configuration(path.parent) or _by_headers((path,), None)
     if path.is_dir() and (told := _by_configuration(path)) is not None:
         return told
     # mergekit-yaml has opened every model by the time it plans; those of the Hugging Face Hub are in its cache.
     loader = LoaderCache().loaders.get(model)
     if loader is None:
         return None
-    return _by_configuration(Path(loader.index.base_path)) or _by_names(tuple(loader.index.tensor_paths))
+    folder, index = Path(loader.index.base_path), loader.index
+    files = tuple(folder / shard.filename for shard in index.shards)
+    return _by_configuration(folder) or _by_headers(files, tuple(index.tensor_paths))
 
 
 def _by_configuration(folder: Path) -> Quantization | None:
     file = folder / "config.json"
+    state = _state(file)
+    return None if state is None else _read_configuration(file, state)
+
+
+def _by_headers(files: tuple[Path, ...], names: tuple[str, ...] | None) -> Quantization | None:
+    """By names and dtypes on disk.
+
+    Args:
+        files: that hold the tensors.
+        names: of those that count; None for all.
+    """
+    return _read_headers(files, names, tuple(map(_state, files)))
+
+
+def _state(file: Path) -> tuple[int, int] | None:
     try:
         status = file.stat()
     except OSError:
         return None
-    return _read_configuration(file, status.st_mtime_ns, status.st_size)
+    return status.st_mtime_ns, status.st_size
 
 
 # Asked once a tensor by mergekit. Keyed by time and size, for a file that is written anew in a long-lived process.
 @lru_cache(maxsize=256)
-def _read_configuration(file: Path, changed: int, size: int) -> Quantization | None:
+def _read_configuration(file: Path, state: tuple[int, int]) -> Quantization | None:
     try:
         configuration = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -84,17 +104,13 @@ def _read_configuration(file: Path, changed: int, size: int) -> Quantization | N
     return from_configuration(configuration) if isinstance(configuration, dict) else None
 
 
-_by_names = lru_cache(maxsize=256)(from_names)
-
-
-def _by_header(file: Path) -> Quantization | None:
-    if file.suffix != ".safetensors":
-        return None
-    status = file.stat()
-    return _read_header(file, status.st_mtime_ns, status.st_size)
-
-
 @lru_cache(maxsize=256)
-def _read_header(file: Path, changed: int, size: int) -> Quantization | None:
-    with safe_open(file, framework="pt") as tensors:
-        return from_names(tensors.keys())
+def _read_headers(
+    files: tuple[Path, ...], names: tuple[str, ...] | None, states: tuple[tuple[int, int] | None, ...]
+) -> Quantization | None:
+    try:
+        headers = {name: header for file in files for name, header in read_file(file).items()}
+    except READING:  # mergekit reads the file next, and reports it
+        return None if names is None else from_names(names)
+    counted = headers if names is None else {name: headers[name] for name in names if name in headers}
+    return quantization_of_tensors(counted)

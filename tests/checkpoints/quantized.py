@@ -54,6 +54,22 @@ def float8_converted(name: str, weight: Tensor) -> dict[str, Tensor]:
     return {name: weight.to(torch.float8_e4m3fn).bfloat16(), f"{name}_scale_inv": torch.ones(1, 1)}
 
 
+def module_scales(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """As DeepSeek's own programs write them, converted: the scale has the module's name and not the weight's."""
+    return {name: weight.to(torch.float8_e4m3fn).bfloat16(), name.replace("weight", "scale"): torch.ones(1, 1)}
+
+
+def integers_with_scales(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """EETQ."""
+    return {name: (weight * 100).to(torch.int8), f"{name}_scales": torch.ones(weight.shape[0])}
+
+
+def vector_codes(name: str, weight: Tensor) -> dict[str, Tensor]:
+    """VPTQ."""
+    owner = name.removesuffix("weight")
+    return {f"{owner}indices": torch.zeros(1, 4, 8, dtype=torch.int32), f"{owner}centroids.weight": torch.zeros(1, 16)}
+
+
 def compressed_tensors(name: str, weight: Tensor) -> dict[str, Tensor]:
     rows, columns = weight.shape
     return {f"{name}_packed": torch.zeros(rows, columns // 8, dtype=torch.int32), f"{name}_scale": torch.ones(rows, 1)}

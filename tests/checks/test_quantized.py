@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from mergekit.merge_methods import merge_tensors
+from safetensors.torch import save_file
 
 from mergekit_ace.cli import main
 from mergekit_ace.quantization import from_configuration, from_names
@@ -16,6 +17,7 @@ from tests.checkpoints import quantized as kinds
 from tests.checkpoints.quantized import Codes, quantize
 from tests.commands import mergekit_pytorch, mergekit_yaml
 from tests.report.recipes import document, write
+from tests.zoo import owners
 
 INT8 = {"quant_method": "bitsandbytes", "load_in_8bit": True}
 # kind: codes, entry in config.json, words of the error, words of the remedy
@@ -34,7 +36,10 @@ KINDS: Mapping[str, tuple[Codes, Mapping[str, Any] | None, str, str]] = {
     "gptq without an entry": (kinds.packed, None, "GPTQ or AWQ", "that it was quantized from"),
     "fp8": (kinds.float8, {"quant_method": "fp8"}, "fp8", "FineGrainedFP8Config(dequantize=True)"),
     "fp8 without an entry": (kinds.float8, None, "codes with scales", "FineGrainedFP8Config(dequantize=True)"),
-    "fp8 without scales": (kinds.float8_alone, None, "float8_e4m3fn", "FineGrainedFP8Config(dequantize=True)"),
+    "fp8 without scales": (kinds.float8_alone, None, "float8_e4m3fn", "that it was quantized from"),
+    "scales of modules": (kinds.module_scales, None, "codes with scales", "that it was quantized from"),
+    "eetq without an entry": (kinds.integers_with_scales, None, "codes with scales", "that it was quantized from"),
+    "vptq without an entry": (kinds.vector_codes, None, "VPTQ", "that it was quantized from"),
     "fp8 converted": (kinds.float8_converted, None, "codes with scales", "FineGrainedFP8Config(dequantize=True)"),
     "compressed": (
         kinds.compressed_tensors,
@@ -73,6 +78,7 @@ def test_a_quantized_expert_is_named_with_its_format_and_the_remedy(
     output = run(command, recipe, *out)
     assert f"{expert} is quantized ({words}" in output
     assert remedy in output
+    assert ("FineGrainedFP8Config" in output) == ("FineGrainedFP8Config" in remedy)
     assert output.count("is quantized") == 1
     assert "Complete the checkpoint" not in output
     assert "shapes other than" not in output
@@ -107,6 +113,29 @@ def test_the_method_sees_scales_beside_weights(kind: str, llama: Suite, tmp_path
         mergekit_pytorch(files, tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["integers", "fp8 without scales", "eetq without an entry", "vptq without an entry"])
+def test_the_method_sees_the_dtypes_on_disk(kind: str, llama: Suite, tmp_path: Path) -> None:
+    """`dtype` has made floats of them before the method gets a tensor."""
+    expert = quantize(llama.experts[0].path, tmp_path / "expert", KINDS[kind][0])
+    recipe = document(llama, models=[{"model": str(expert)}], dtype="float32")
+    with pytest.raises(ValueError, match=f"{expert} must hold plain weights; it is quantized .{KINDS[kind][2]}"):
+        mergekit_yaml(recipe, tmp_path / "out")
+    assert not list(tmp_path.glob("out/*.safetensors"))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_files_of_codes_are_refused_by_mergekit_pytorch(suffix: str, tmp_path: Path) -> None:
+    base = {"layer.weight": torch.randn(8, 8, generator=torch.Generator().manual_seed(0))}
+    save_file(base, tmp_path / "base.safetensors")
+    codes, file = {"layer.weight": base["layer.weight"].to(torch.float8_e4m3fn)}, tmp_path / f"codes.{suffix}"
+    save_file(codes, file) if suffix == "safetensors" else torch.save(codes, file)
+    recipe = {"merge_method": "ace", "base_model": str(tmp_path / "base.safetensors"), "models": [{"model": str(file)}]}
+    with pytest.raises(ValueError, match=f"{file} must hold plain weights; it is quantized .float8_e4m3fn"):
+        mergekit_pytorch(recipe | {"dtype": "float32"}, tmp_path / "out")
+    output = run("check", write(recipe, tmp_path / "recipe.yml"))
+    assert "from_pretrained" not in output  # it loads folders
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 def test_the_method_refuses_8_bit_floats_from_python(dtype: torch.dtype | None) -> None:
     base = torch.eye(4)
@@ -137,6 +166,8 @@ def test_an_entry_that_was_left_over_says_so(llama: Suite, tmp_path: Path) -> No
     [
         ({"quantization_config": {"quant_method": "mxfp4"}}, "MXFP4"),
         ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "fp8"),
+        ({"llm_config": {"quantization_config": {"quant_method": "awq", "bits": 4}}}, "AWQ 4-bit"),
+        ({"thinker_config": {"text_config": {"quantization_config": {"quant_method": "gptq"}}}}, "GPTQ"),
         ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
         ({"quantization": {"group_size": 64, "bits": 4}}, "MLX 4-bit"),
         ({"quantization_config": {"quant_method": "exl2", "bits": 4.5}}, "exl2"),
@@ -148,10 +179,22 @@ def test_entries_of_other_formats(configuration: dict[str, Any], form: str) -> N
     assert told.format == form
 
 
+def test_names_of_every_architecture_are_plain() -> None:
+    assert from_names(row.name for row in owners.read()) is None
+
+
 def test_plain_configurations_and_names_are_plain() -> None:
     assert from_configuration({"quantization_config": None, "quantization": {}}) is None
     # Weights that only sound like scales.
-    names = ["logit_scale", "model.embed_scale", "blocks.0.ls1.scale", "down_blocks.0.conv.weight", "x.rotary.scales"]
+    names = [
+        "q.norm.scale",
+        "q.weight",
+        "logit_scale",
+        "model.embed_scale",
+        "blocks.0.ls1.scale",
+        "down_blocks.0.conv.weight",
+        "x.rotary.scales",
+    ]
     assert from_names(names) is None
 
 
@@ -164,6 +207,13 @@ def test_plain_configurations_and_names_are_plain() -> None:
         ["q.weight", "q.scales", "q.biases"],
         ["q.weight._data", "q.weight._scale"],
         ["q._weight_qdata", "q._weight_scale"],
+        ["q.weight", "q.scale_inv"],
+        ["q.weight", "q.weight.scale"],
+        ["q.weight", "q.scale_weight"],
+        ["q.dense_weights", "q.row_offsets"],
+        ["q.q_weight", "q.q_scale", "q.q_invperm"],
+        ["q.trellis", "q.suh", "q.svh"],
+        ["q.Qidxs", "q.SU", "q.SV"],
     ],
 )
 def test_names_of_other_formats(names: list[str]) -> None:

@@ -66,6 +66,11 @@ _VECTORS = re.compile(
 )
 
 
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is a constant by its name, which may hold what no weight may."""
+    return _BUFFER.search(name) is not None
+
+
 def is_embedding(name: str, vocabulary_axis: int | None) -> bool:
     """Whether a tensor is an embedding table (token, position, token type) or a head that scores the vocabulary."""
     if vocabulary_axis is not None:
@@ -108,7 +113,7 @@ def treatment(
         matrices: the recipe's choice for all other matrices, stacked ones too.
         heads: which tensors `embeddings: auto` takes for output heads.
     """
-    if _BUFFER.search(name):
+    if is_buffer(name):
         return Treatment(kind="buffer", reason="a buffer, not a weight")
     if len(shape) >= 2 and is_embedding(name, vocabulary_axis) and embeddings != "method":
         if embeddings == "auto" and len(shape) == 2 and is_output_head(name, vocabulary_axis, heads):

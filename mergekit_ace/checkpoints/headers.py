@@ -145,8 +145,11 @@ def _require_index(index: Path) -> None:
         raise RuntimeError(f"{index} must list the tensors of its shards; {words}")
     try:
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(listed, dict):
-            raise TypeError("weight_map is no mapping")
+        if not isinstance(listed, dict) or not listed:
+            raise TypeError("weight_map is no mapping, or lists nothing")
+        wrong = next((name for name, file in listed.items() if not isinstance(file, str)), None)
+        if wrong is not None:
+            raise TypeError(f"weight_map has {listed[wrong]!r} for the file of {wrong}")
     except (ValueError, KeyError, TypeError) as error:
         raise RuntimeError(f"{index} must be JSON with a weight_map; {message_of(error)}") from error
 

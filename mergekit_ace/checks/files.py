@@ -139,11 +139,30 @@ def _check_folder(folder: Path) -> Iterator[Finding]:
             yield Finding(level="error", what=f"{folder}: {folder / name} is no {name}; {words}", remedy=_FETCH_AGAIN)
         elif name.endswith(".json") and (folder / name).is_file():
             yield from _check_json(folder, folder / name)
+    yield from _check_choice(folder)
     try:
         read_folder(folder)
     except READING as error:
         others = "" if "Unable to find model files" not in str(error) else _other_weights(folder)
         yield Finding(level="error", what=f"{folder} cannot be read: {message_of(error)}{others}", remedy=_FETCH_AGAIN)
+
+
+def _check_choice(folder: Path) -> Iterator[Finding]:
+    """Weights as one file beside an index of others: two programs load two models from such a folder."""
+    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not (file.is_file() and index.is_file()):
+        return
+    try:
+        listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # reported where it is read
+        return
+    if listed != {file.name}:
+        yield Finding(
+            level="warning",
+            what=f"{folder} holds {file.name} and an index of {len(listed)} other files: mergekit merges those of the "
+            f"index, and transformers loads {file.name}",
+            remedy="Remove what is left over from an earlier save: the one file, or the index and its files.",
+        )
 
 
 def _check_json(folder: Path, file: Path) -> Iterator[Finding]:

@@ -60,8 +60,7 @@ def check_raw(document: Mapping[str, Any]) -> Iterator[Finding]:
     base = document.get("base_model") if isinstance(document.get("base_model"), str) else None
     yield from _check_names(headers, base)
     yield from _check_shapes(headers)
-    if document.get("dtype") is None:  # or mergekit-pytorch reads them as floating point, and merges them
-        yield from _check_buffers(headers)
+    yield from _check_buffers(headers)  # in contrast to mergekit-yaml, mergekit-pytorch casts none of them to dtype
     yield from _check_precision(headers, document.get("dtype"))
 
 

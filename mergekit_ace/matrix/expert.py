@@ -81,7 +81,7 @@ def require_finite_base(base: Tensor, *, name: str) -> None:
         ValueError: naming the tensor.
     """
     if not all_finite(base):
-        raise ValueError(_not_finite(name, "the base"))
+        raise ValueError(_not_finite(name, "the base", base.dtype))
 
 
 def require_finite_update(energy: float, base: Tensor, expert: Expert, *, name: str) -> None:
@@ -96,11 +96,11 @@ def require_finite_update(energy: float, base: Tensor, expert: Expert, *, name: 
     culprit = "the base" if not all_finite(base) else f"expert {expert.name}"
     if culprit != "the base" and all_finite(expert.tensor):
         culprit = f"the difference of expert {expert.name} and the base"
-    raise ValueError(_not_finite(name, culprit))
+    raise ValueError(_not_finite(name, culprit, base.dtype))
 
 
-def _not_finite(name: str, culprit: str) -> str:
-    return (
-        f"{name}: every weight must be finite; {culprit} holds NaN or infinity. "
-        "Repair or replace that checkpoint; nothing was merged from it."
-    )
+def _not_finite(name: str, culprit: str, dtype: torch.dtype) -> str:
+    remedy = "Repair or replace that checkpoint; nothing was merged from it."
+    if dtype == torch.float16:  # it may be the merge's own, and the checkpoint's another
+        remedy += " If it is stored in another dtype, it may exceed the range of dtype: float16; set dtype: float32."
+    return f"{name}: every weight must be finite; {culprit} holds NaN or infinity. {remedy}"

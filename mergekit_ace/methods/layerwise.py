@@ -6,6 +6,7 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from mergekit_ace.methods.lost_inputs import KnownInputs
 from mergekit_ace.methods.matrices import Matrix, inputs_last, matrices, weighted_experts
 from mergekit_ace.methods.measured_moments import with_measured_moments
 from mergekit_ace.methods.output_head import heads_of
+from mergekit_ace.methods.output_range import require_in_range
 from mergekit_ace.methods.parameters import LAMBDA, MOMENTS, RecipeParameter, common_parameters
 from mergekit_ace.methods.quantized_inputs import require_unquantized_models, require_unquantized_tensors
 from mergekit_ace.methods.treated_tensor import TreatedTensor
@@ -96,7 +98,11 @@ class LayerwiseMethod(GroupMergeMethod):
     def _execute_resolved(self, groups: Sequence[TensorGroup], *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         for group in groups:  # before mergekit brings a group to one dtype
             require_unquantized_tensors(group)
-        return super()._execute_resolved(groups, *args, **kwargs)
+        results: tuple[Tensor, ...] = super()._execute_resolved(groups, *args, **kwargs)
+        if kwargs.get("out_dtype") is not None:  # mergekit has rounded what `merge_group` found finite
+            for group, stored in zip(groups, results, strict=True):
+                require_in_range(group.metadata.name or "the tensor", stored, _widest(group, kwargs.get("dtype")))
+        return results
 
     @abstractmethod
     def merge_matrix(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
@@ -323,6 +329,11 @@ class LayerwiseMethod(GroupMergeMethod):
             relative_change=norm / task_vectors.base_norm if task_vectors.base_norm else None,
             relative_to_mean=norm / mean if mean else None,
         )
+
+
+def _widest(group: TensorGroup, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that a group is merged in."""
+    return dtype or reduce(torch.promote_types, (entry.tensor.dtype for entry in group.entries))
 
 
 def _apply(base: Tensor, task_vector: Tensor, scale: float) -> Tensor:

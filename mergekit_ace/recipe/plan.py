@@ -25,6 +25,7 @@ from torch import Tensor
 from mergekit_ace.checkpoints.headers import TensorHeader, find_header, read_headers
 from mergekit_ace.checkpoints.hub import hub_model
 from mergekit_ace.checkpoints.sources import is_on_hub, model_headers
+from mergekit_ace.linalg.precision import all_finite
 from mergekit_ace.mergekit_internals import (
     BuildTokenizer,
     ConfiguredModuleArchitecture,
@@ -44,6 +45,7 @@ from mergekit_ace.mergekit_internals import (
     model_out_config,
     require_known_mergekit,
 )
+from mergekit_ace.methods.output_range import require_in_range
 from mergekit_ace.recipe.adapter_cache import merged_adapter
 from mergekit_ace.recipe.failures import RecipeError, message_of
 from mergekit_ace.recipe.output_shape import output_header
@@ -150,7 +152,8 @@ class PlannedTensor:
         """What mergekit saves for the gathered tensors, on the CPU; None for an optional tensor that too few have.
 
         Raises:
-            ValueError, RuntimeError: as the merge method, and for a tensor that must be there.
+            ValueError, RuntimeError: as the merge method, and for a tensor that must be there; for weights that exceed
+                the output's dtype.
         """
         if self._task.uses_accelerator():
             tensors = {model: tensor.to(self._plan.device) for model, tensor in tensors.items()}
@@ -160,8 +163,11 @@ class PlannedTensor:
                 raise RuntimeError(f"{self.name}: every model must have it; no model does")
             return None
         dtype = dtype_from_name(self._save.dtype) or merged.dtype
-        # To the CPU before rounding, as mergekit does.
-        return merged.to("cpu").to(dtype).contiguous()
+        merged = merged.to("cpu")  # before rounding, as mergekit does
+        stored = merged.to(dtype)
+        if dtype != merged.dtype and all_finite(merged):  # what other methods make of NaN is theirs
+            require_in_range(self.name, stored, merged.dtype)
+        return stored.contiguous()
 
     def load(self) -> Inputs | None:
         """Read base and experts, and align vocabularies and dtypes as mergekit does for the merge.

@@ -48,6 +48,13 @@ def promise(file: Path) -> None:
     file.write_text(json.dumps(index))
 
 
+def unlist(file: Path) -> None:
+    """Have an index name no file for a tensor."""
+    index = json.loads(file.read_text())
+    index["weight_map"]["model.norm.weight"] = None
+    file.write_text(json.dumps(index))
+
+
 # What is wrong: storage, file (the first that matches), how it is spoiled, words of the error.
 DAMAGE: dict[str, tuple[Storage, str, Callable[[Path], Any], str]] = {
     "pointer": ("safetensors", "model.safetensors", point, "is a Git LFS pointer: a text of"),
@@ -64,6 +71,13 @@ DAMAGE: dict[str, tuple[Storage, str, Callable[[Path], Any], str]] = {
     "no shard": ("sharded", "*00002-of*.safetensors", Path.unlink, "No such file"),
     "no index": ("sharded", "*.index.json", Path.unlink, "it holds model-00001-of"),
     "an index without a map": ("sharded", "*.index.json", lambda file: file.write_text("{}"), "JSON with a weight_map"),
+    "an index that lists nothing": (
+        "sharded",
+        "*.index.json",
+        lambda file: file.write_text('{"weight_map": {}}'),
+        "lists nothing",
+    ),
+    "an index without a file": ("sharded", "*.index.json", unlist, "has None for the file of model.norm.weight"),
     "an index that promises too much": ("sharded", "*.index.json", promise, "lacks model.norm.bias"),
 }
 
@@ -127,6 +141,24 @@ def test_every_damaged_expert_is_named_in_one_run(suites: dict[Storage, Suite], 
     models = [{"model": str(expert)} for expert in experts]
     output = run("merge", write(document(suite, models=models), tmp_path / "recipe.yml"), tmp_path / "out")
     assert all(str(expert / "model.safetensors") in output for expert in experts)
+
+
+@pytest.mark.parametrize("command", ["check", "merge"])
+def test_a_single_file_beside_an_index_of_others(command: str, suites: dict[Storage, Suite], tmp_path: Path) -> None:
+    """mergekit reads the index, transformers the single file."""
+    suite = suites["sharded"]
+    expert = Path(shutil.copytree(suite.experts[0].path, tmp_path / "expert"))
+    recipe = write(document(suite, models=[{"model": str(expert)}]), tmp_path / "recipe.yml")
+    words = f"{expert} holds model.safetensors and an index of"
+    out = [tmp_path / "out"] if command == "merge" else []
+    sound = CliRunner().invoke(main, [command, str(recipe), *map(str, out)])
+    assert sound.exit_code == 0, sound.output
+    assert words not in sound.output
+    shutil.copy(suites["safetensors"].base.path / "model.safetensors", expert)
+    result = CliRunner().invoke(main, [command, str(recipe), *map(str, out), *(["--overwrite"] if out else [])])
+    assert words in result.output
+    assert "transformers loads model.safetensors" in result.output
+    assert result.exit_code == 0, result.output
 
 
 def test_what_an_index_does_not_list_does_not_count(suites: dict[Storage, Suite], tmp_path: Path) -> None:

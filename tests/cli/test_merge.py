@@ -137,6 +137,22 @@ def test_a_merge_that_fails_leaves_what_was_there(old: str | None, tmp_path: Pat
     assert kept == before
 
 
+@pytest.mark.parametrize("method", ["ace", "task_arithmetic"])
+def test_weights_that_the_output_cannot_hold_are_an_error(method: str, tmp_path: Path, invoke: Invoke) -> None:
+    suite = make_suite("llama", tmp_path / "models", experts=1)
+    name = "model.layers.2.mlp.up_proj.weight"
+    with edit_tensors(suite.experts[0].path / "model.safetensors") as tensors:
+        tensors[name][1, 2] = 7e4
+    recipe = {"merge_method": method, "base_model": str(suite.base.path), "out_dtype": "float16"}
+    recipe |= {"models": [{"model": str(suite.experts[0].path), "parameters": {"weight": 1.0}}]}
+    (tmp_path / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    result = invoke("merge", tmp_path / "recipe.yml", tmp_path / "out", "--quiet")
+    assert result.exit_code == 1
+    assert f"{name}: every stored weight must be finite" in result.stderr
+    assert "Set out_dtype: bfloat16 or float32" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_disk_is_looked_at_before_the_merge(
     recipe: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:

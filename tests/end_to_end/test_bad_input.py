@@ -191,6 +191,27 @@ def test_16_bit_inputs_whose_difference_overflows() -> None:
         merge_tensors([base, -expert], "ace", base_index=0, name="up_proj", parameters={**PUBLISHED, "lambda": -1.0})
 
 
+@pytest.mark.parametrize("name", ["up_proj.weight", "norm.weight"])
+def test_a_merge_that_its_out_dtype_cannot_hold(name: str) -> None:
+    base = torch.zeros(4, 4)[: None if "up" in name else 1]
+    expert = base + 7e4
+    with pytest.raises(ValueError, match=f"{name}: every stored weight must be finite; .* 65504 at which float16 ends"):
+        merge_tensors([base, expert], "ace", base_index=0, name=name, out_dtype=torch.float16)
+    kept = merge_tensors([base, expert], "ace", base_index=0, name=name, out_dtype=torch.bfloat16)
+    assert torch.equal(kept, expert.bfloat16())
+    # A constant that means minus infinity may become one.
+    mask = torch.tensor(-1e9)
+    constant = merge_tensors([mask, mask], "ace", base_index=0, name="attn.masked_bias", out_dtype=torch.float16)
+    assert constant == -torch.inf
+
+
+def test_weights_that_a_dtype_cannot_hold(suite: Suite, tmp_path: Path) -> None:
+    """The checkpoint is whole: the recipe's own dtype makes the infinity."""
+    folder = damaged(suite.experts[1], tmp_path / "large", TENSORS[0], 7e4)
+    recipe = {**recipe_for(suite), "models": [{"model": str(folder)}], "dtype": "float16"}
+    fails(recipe, tmp_path / "out", "it may exceed the range of dtype: float16; set dtype: float32", ValueError)
+
+
 def test_mergekit_pytorch_says_the_same(suite: Suite, tmp_path: Path) -> None:
     name = TENSORS[0]
     folder = damaged(suite.experts[0], tmp_path / "damaged", name, float("nan"))

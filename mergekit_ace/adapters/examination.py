@@ -10,12 +10,13 @@ from mergekit.options import MergeOptions
 
 from mergekit_ace.adapters.effect import require_effect
 from mergekit_ace.adapters.from_recipe import request_of
-from mergekit_ace.adapters.merge import AdapterMerge, WeightReport
+from mergekit_ace.adapters.merge import AdapterMerge, WeightReport, require_weight
 from mergekit_ace.adapters.request import Request, model_name
 from mergekit_ace.adapters.truncation import Rank
 from mergekit_ace.checks.duplicates import check_duplicates
 from mergekit_ace.checks.spelling import check_keys, check_parameters
 from mergekit_ace.checks.unmeasured import suggest_moments
+from mergekit_ace.factors.formats.peft_settings import unknown_settings
 from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.recipe.failures import READING, RecipeError, message_of
 from mergekit_ace.recipe.findings import Finding, by_severity
@@ -115,6 +116,13 @@ def _of_adapters(request: Request) -> Iterator[Finding]:
                 what=f"the adapter {adapter.name} was trained on {adapter.base}, but is put on {request.base}",
                 remedy=f"Write {adapter.base}+{adapter.name}, unless both are the same model.",
             )
+        if unknown := unknown_settings(adapter.settings):
+            yield Finding(
+                level="warning",
+                what=f"the configuration of the adapter {adapter.name} has settings that the installed peft does not "
+                f"know: {', '.join(unknown)}; they have no part in the merge",
+                remedy="Install the version of peft that wrote it, or make sure that they do not change the update.",
+            )
         alone = [name for name in adapter.updates if _owners(request, name) == 1]
         if len(request.adapters) > 1 and len(alone) == len(adapter.updates) > 0:
             yield Finding(
@@ -129,8 +137,12 @@ def _of_adapters(request: Request) -> Iterator[Finding]:
             what="lambda has no effect on whole modules, biases and tokens that adapters save: they replace the base's",
             remedy="Remove lambda, or save the adapters without them.",
         )
+    merge = AdapterMerge(request)
     for name, place in request.places.items():
-        reason = request.method.needs_entries(request.parameters(name))
+        parameters = request.parameters(name)
+        if merge.treat(place, parameters).kind not in ("base", "buffer"):
+            require_weight(name, parameters["weight"])
+        reason = request.method.needs_entries(parameters)
         if reason and place.kind != "convolution":
             raise AdapterError(f"{name}: {reason}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
@@ -101,12 +102,30 @@ def _other_kind(model: ModelReference, config: MergeConfiguration) -> str:
 
 
 def _local(model: ModelReference, options: MergeOptions) -> Path:
-    """The adapter's folder; fetched as mergekit fetches models, if it is none of this machine."""
+    """The adapter's folder; fetched as mergekit fetches models, if it is none of this machine.
+
+    Raises:
+        AdapterError: it cannot be fetched.
+    """
     assert model.lora is not None
     path = Path(model.lora.path)
     if path.exists() or model.lora.path.startswith((".", "/", "~")) or model.lora.path.count("/") > 1:
         return path
-    return Path(ModelReference(model=model.lora).local_path(options.transformers_cache))
+    try:
+        return Path(ModelReference(model=model.lora).local_path(options.transformers_cache))
+    except Exception as error:  # of the hub, of the network and of its libraries
+        absent = isinstance(error, RepositoryNotFoundError | RevisionNotFoundError | HFValidationError)
+        why = (
+            "the hub has none of this name, or not for you" if absent else f"it cannot be fetched: {_first_line(error)}"
+        )
+        raise AdapterError(
+            f"the adapter {model.lora} must be a folder, or a repository of the Hugging Face Hub; there is no folder "
+            f"{path}, and {why}. Check the spelling"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _name(model: ModelReference, models: list[ModelReference]) -> str:

@@ -156,8 +156,7 @@ class AdapterMerge:
             solved: the method merges it, by measured second moments where the recipe has some.
 
         Raises:
-            AdapterError: a factor holds NaN or infinity.
-            ValueError: no weight is positive.
+            AdapterError: a factor holds NaN or infinity, or no weight is positive.
         """
         name = printable(place.weight)
         turned = place.transposed != (parameters["input_axis"] == "first")
@@ -212,8 +211,7 @@ class AdapterMerge:
         return _joined(place, parts, report, self._request.rank)
 
     def _read(self, place: Place, name: str, weights: Sequence[float]) -> list[Changed]:
-        if not any(weight > 0 for weight in weights):
-            raise ValueError(f"{name}: parameter weight must be positive for at least one adapter; got 0 for all")
+        require_weight(name, weights)
         changed = []
         for adapter, weight in zip(self._request.adapters, weights, strict=True):
             update = adapter.updates.get(place.weight)
@@ -270,6 +268,16 @@ class AdapterMerge:
             outputs_kept=tuple(outputs_kept(held, space.cores)),
             note=note,
         )
+
+
+def require_weight(name: str, weights: Sequence[float]) -> None:
+    """Refuse weights that are all 0.
+
+    Raises:
+        AdapterError: naming the weight of the model.
+    """
+    if not any(weight > 0 for weight in weights):
+        raise AdapterError(f"{name}: parameter weight must be positive for at least one adapter; got 0 for all")
 
 
 def _matrices(name: str, place: Place, changed: Sequence[Changed]) -> Iterator[tuple[str, int | None, list[Changed]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,8 +20,11 @@ from mergekit_ace.factors.formats.diffusers import write_diffusers
 from mergekit_ace.factors.formats.kohya import write_kohya
 from mergekit_ace.factors.formats.peft import with_wrapper
 from mergekit_ace.factors.formats.peft_output import Configuration, bias_key, biased, tokens_key, write_peft
+from mergekit_ace.factors.formats.peft_settings import unknown_settings
 from mergekit_ace.factors.model import Factors, Layout, Place, no_update
 from mergekit_ace.factors.tensors import AdapterError
+
+LOG = logging.getLogger("mergekit_ace")
 
 _WRITERS: dict[Layout, Callable[[Place, Factors], dict[str, Tensor]]] = {
     "peft": write_peft,
@@ -91,6 +95,14 @@ class Outcome:
             method=request.method.name, adapters=tuple(a.name for a in request.adapters), base=request.base_name
         )
         self.configuration = Configuration(adapters=request.adapters, base=request.base_name)
+        for adapter in request.adapters:
+            if unknown := unknown_settings(adapter.settings):
+                LOG.warning(
+                    "The configuration of the adapter %s has settings that the installed peft does not know: %s. They "
+                    "have no part in the merge; make sure that they do not change the update.",
+                    adapter.name,
+                    ", ".join(unknown),
+                )
 
     def names(self) -> list[str]:
         """Names of all tensors that may come."""

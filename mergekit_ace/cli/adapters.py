@@ -15,6 +15,7 @@ from mergekit_ace.adapters.from_recipe import request_of
 from mergekit_ace.adapters.truncation import Rank
 from mergekit_ace.adapters.write import write_merge
 from mergekit_ace.cli.counts import counted
+from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.staging import staged
 
 
@@ -35,8 +36,17 @@ def write_adapter(
     *,
     rank: Rank,
     overwrite: bool,
+    strict: bool,
 ) -> None:
-    """Merge the adapters of a recipe to `out_path`, whole or not at all."""
+    """Merge the adapters of a recipe to `out_path`, whole or not at all.
+
+    Raises:
+        AdapterError: as `request_of` and the merge; with `strict`, for what `check` warns of too.
+    """
+    if strict:
+        found = [finding for finding in examine_adapters(config_file, options).findings if finding.level != "hint"]
+        if found:
+            raise AdapterError("\n".join(f"{finding.what}. {finding.remedy}" for finding in found))
     request = request_of(recipe, options, rank=rank)
     adapters = [Path(entry.model.lora.path) for entry in recipe.models or [] if entry.model.lora is not None]
     inputs = [config_file, *(adapter for adapter in adapters if adapter.exists())]

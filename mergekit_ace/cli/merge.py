@@ -71,6 +71,19 @@ def _parse_bytes(ctx: click.Context, param: click.Parameter, value: str | None) 
     return int(size)
 
 
+# Options of a merge to a model alone, by parameter.
+_OF_MODELS = {
+    "dry_run": "--dry-run",
+    "patterns": "--only-tensors",
+    "part": "--part",
+    "workers": "--workers",
+    "ray": "--ray",
+    "memory": "--memory",
+    "log_json": "--log-json",
+    "resume": "--resume",
+}
+
+
 @click.command("merge", cls=Command, exit_statuses=_EXIT_STATUSES)
 @click.argument("config_file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("out_path", type=click.Path(path_type=Path))
@@ -169,8 +182,8 @@ def merge(
     partly = part is not None or bool(patterns)
     if rank is not None and not adapter:
         raise click.UsageError("--rank is that of an adapter; add --adapter")
-    if partly and adapter:
-        raise click.UsageError("an adapter is small, and is not made in parts; drop --part and --only-tensors")
+    if adapter:
+        _require_flags_of_adapters(ctx, merge_options)
     if partly and not merge_options.safe_serialization:
         raise click.UsageError("a part of a merge is written as safetensors; drop --no-safe-serialization")
     given = ctx.get_parameter_source("out_shard_size") not in (None, ParameterSource.DEFAULT)
@@ -182,7 +195,7 @@ def merge(
         options = _on_devices(merge_options)
         recipe = read_recipe(config_file)
         if adapter:
-            write_adapter(recipe.config, config_file, out_path, options, rank=rank, overwrite=overwrite)
+            write_adapter(recipe.config, config_file, out_path, options, rank=rank, overwrite=overwrite, strict=strict)
             _show(check_unread(recipe))
             return
         warnings = require_sound_inputs(recipe, here, strict=strict)
@@ -204,6 +217,19 @@ def merge(
         share: int | Literal["auto"] = "auto" if merge_options.multi_gpu or ray is not None else 1
         outcome = _run(request, Staff(workers=workers or share, memory=memory, ray=ray), log_json)
         _show((*warnings, *outcome.lost))
+
+
+def _require_flags_of_adapters(ctx: click.Context, options: MergeOptions) -> None:
+    """Refuse what would have no effect on an adapter."""
+    given = [flag for name, flag in _OF_MODELS.items() if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE]
+    if "--dry-run" in given:
+        raise click.UsageError("what --adapter would make is shown by mergekit-ace check --adapter; drop --dry-run")
+    if given:
+        raise click.UsageError(
+            f"an adapter is small, and is not made in parts, by workers or in several runs; drop {given[0]}"
+        )
+    if not options.safe_serialization:
+        raise click.UsageError("an adapter is written as safetensors; drop --no-safe-serialization")
 
 
 def _show(findings: Iterable[Finding]) -> None:

@@ -36,7 +36,7 @@ def open_adapter(path: Path, *, name: str | None = None, base: Path | None = Non
     """
     name = name or str(path)
     if not path.exists():
-        raise AdapterError(f"the adapter {name} must be a folder or a file; there is none")
+        raise AdapterError(f"the adapter {name} must be a folder or a file; there is no {path}")
     if path.is_file():
         return _by_keys(open_tensors(path), name)
     if (path / CONFIGURATION).is_file():

@@ -98,3 +98,14 @@ def test_modules_under_a_longer_name(command: str, adapters: list[Path], tmp_pat
     assert result.exit_code == 1
     assert "adapter0 has module.model.layers.0" in result.output.replace("\n", " ")
     assert "where same has model.layers.0" in result.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize("command", ["check", "merge", "inspect"])
+def test_weights_that_are_all_0_are_an_error_of_every_command(
+    command: str, adapters: list[Path], tmp_path: Path, invoke: Invoke
+) -> None:
+    models = [{"model": f"{BASE}+{adapter}", "parameters": {"weight": 0}} for adapter in adapters]
+    file = recipe(tmp_path, adapters, models=models)
+    result = invoke(command, file, *([tmp_path / "out"] if command == "merge" else []), "--adapter")
+    assert result.exit_code == 1
+    assert "parameter weight must be positive for at least one adapter; got 0" in result.output.replace("\n", " ")

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 import yaml
+from mergekit.common import ModelReference
 from transformers import AutoModelForCausalLM
 
 from tests.checkpoints import Suite, add_adapter, read_tensors
@@ -123,6 +124,11 @@ def test_it_is_whole_or_not_there(suite: Suite, adapters: list[Path], tmp_path: 
         (("--rank", "3"), "--rank is that of an adapter"),
         (("--adapter", "--rank", "none"), "must be a whole number above 0, or auto; got none"),
         (("--adapter", "--part", "1/2"), "is not made in parts"),
+        (("--adapter", "--workers", "2"), "drop --workers"),
+        (("--adapter", "--resume"), "drop --resume"),
+        (("--adapter", "--log-json", "-"), "drop --log-json"),
+        (("--adapter", "--dry-run"), "is shown by mergekit-ace check --adapter"),
+        (("--adapter", "--no-safe-serialization"), "an adapter is written as safetensors"),
     ],
 )
 def test_flags_that_do_not_go_together(
@@ -133,6 +139,48 @@ def test_flags_that_do_not_go_together(
     result = invoke("merge", file, tmp_path / "out", *flags)
     assert result.exit_code == 2
     assert words in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def with_settings(adapter: Path, **settings: object) -> None:
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def test_settings_of_a_later_peft_are_named(
+    suite: Suite, adapters: list[Path], tmp_path: Path, invoke: Invoke, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "recipe.yml"
+    file.write_text(recipe_of(suite, adapters))
+    with_settings(adapters[1], unsloth_fixed=True, later_option=None)
+    assert "installed peft does not know" not in invoke("check", file, "--adapter").output
+    with_settings(adapters[1], scale_by_depth=0.5)
+    assert "installed peft does not know: scale_by_depth" in invoke("check", file, "--adapter").output.replace(
+        "\n", " "
+    )
+    strict = invoke("merge", file, tmp_path / "out", "--adapter", "--strict")
+    assert strict.exit_code == 1
+    assert "installed peft does not know: scale_by_depth" in strict.stderr
+    assert not (tmp_path / "out").exists()
+    assert invoke("merge", file, tmp_path / "out", "--adapter").exit_code == 0
+    assert "adapter1 has settings that the installed peft does not know: scale_by_depth" in caplog.text
+
+
+def test_an_adapter_that_is_nowhere_is_named_with_where_it_was_looked_for(
+    suite: Suite, adapters: list[Path], tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to the hub")
+
+    file = tmp_path / "recipe.yml"
+    file.write_text(recipe_of(suite, [adapters[0], tmp_path / "typo"]))
+    result = invoke("merge", file, tmp_path / "out", "--adapter")
+    assert f"there is no {tmp_path / 'typo'}" in result.stderr
+    monkeypatch.setattr(ModelReference, "local_path", refused)
+    file.write_text(recipe_of(suite, [adapters[0], Path("adapters/typo")]))
+    result = invoke("merge", file, tmp_path / "out", "--adapter")
+    assert result.exit_code == 1
+    assert "there is no folder adapters/typo, and it cannot be fetched: no route to the hub" in result.stderr
 
 
 def test_recipes_that_hold_more_than_adapters_are_refused(

@@ -82,6 +82,12 @@ def open_tensors(path: Path) -> Tensors:
         raise
     except Exception as error:  # zip, pickle and torch each have their own
         raise AdapterError(f"{path} must be a whole file of tensors; {message_of(error)}") from error
-    if not isinstance(loaded, Mapping) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, Mapping):
         raise AdapterError(f"{path} must hold tensors by name; got {type(loaded).__name__}")
+    if others := [key for key, value in loaded.items() if not isinstance(value, Tensor)]:
+        what = type(loaded[others[0]]).__name__
+        raise AdapterError(
+            f"{path} must hold tensors alone, by name, as peft saves them; it has {others[0]!r}, of type {what}. Save "
+            "the tensors alone"
+        )
     return Tensors(loaded)

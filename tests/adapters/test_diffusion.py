@@ -125,3 +125,52 @@ def test_layouts_are_not_mixed_and_what_is_no_adapter_is_refused() -> None:
         merge_adapters([kohya(0, rank=2, alpha=1.0) | {f"{LINEAR}.dora_scale": torch.ones(12, 1)}])
     with pytest.raises(AdapterError, match=r"must have lora_down and lora_up alone; it has diff"):
         merge_adapters([kohya(0, rank=2, alpha=1.0) | {"lora_unet_norm.diff": torch.ones(12)}])
+
+
+def test_kohyas_factors_under_dotted_names_are_read_and_written() -> None:
+    name = "diffusion_model.blocks.0.cross_attn.k"
+    tensors = {
+        key.replace(LINEAR, name): tensor for key, tensor in kohya(0, rank=2, alpha=1.0).items() if LINEAR in key
+    }
+    merged = merge_adapters([tensors], parameters={"matrices": "average"})
+    assert merged.layout == "kohya"
+    assert merged.tensors.keys() == tensors.keys()
+    found = updates_of(adapter_from_tensors(merged.tensors, name="a"))[f"{name}.weight"]
+    torch.testing.assert_close(found, expected_of(tensors, name))
+
+
+def test_diffusers_names_may_hold_the_name_of_an_adapter() -> None:
+    down, up = drawn(2, 8, seed=0), drawn(12, 2, seed=1)
+    merged = merge_adapters([{f"{NEW}.lora_A.default.weight": down, f"{NEW}.lora_B.default.weight": up}])
+    assert merged.tensors.keys() == {f"{NEW}.lora_A.weight", f"{NEW}.lora_B.weight"}
+    found = merged.tensors[f"{NEW}.lora_B.weight"] @ merged.tensors[f"{NEW}.lora_A.weight"]
+    torch.testing.assert_close(found, up @ down)
+
+
+LOHA = {"hada_w1_a": (12, 2), "hada_w1_b": (2, 8), "hada_w2_a": (12, 2), "hada_w2_b": (2, 8)}
+LOKR = {"lokr_w1_a": (3, 2), "lokr_w1_b": (2, 2), "lokr_w2": (4, 4)}
+PAIR = {"lora_down.weight": (2, 8), "lora_up.weight": (12, 2)}
+MISFITS: dict[str, tuple[dict[str, tuple[int, ...] | None], str]] = {
+    "two alphas": ({**PAIR, "alpha": (2,)}, r"\.alpha must be one number; got shape \(2,\)"),
+    "ranks": ({**PAIR, "lora_up.weight": (12, 3)}, "must have factors of one rank; got 2 and 3"),
+    "vectors": ({**PAIR, "lora_down.weight": (8,)}, r"must be matrices; got shapes \(8,\) and \(12, 2\)"),
+    "kernels": (
+        {"lora_down.weight": (2, 8, 3, 3), "lora_up.weight": (12, 2, 3, 3)},
+        r"must have a kernel of 1; got \(3, 3\)",
+    ),
+    "no factors": ({"alpha": ()}, "must have lora_down and lora_up alone; it has alpha"),
+    "loha lacks a part": ({**LOHA, "hada_w2_b": None}, "it lacks hada_w2_b"),
+    "loha of two ranks": ({**LOHA, "hada_w1_b": (3, 8)}, r"one rank; got \(12, 2\) of hada_w1_a and \(3, 8\)"),
+    "loha of two shapes": ({**LOHA, "hada_w2_b": (2, 9)}, r"must have one shape; got \(12, 8\) and \(12, 9\)"),
+    "loha with more": ({**LOHA, "scalar": ()}, "must have the parts of LoHa alone; it has scalar"),
+    "lokr lacks a part": ({**LOKR, "lokr_w1_b": None}, "it lacks lokr_w1_b"),
+    "lokr of two ranks": ({**LOKR, "lokr_w1_b": (1, 2)}, r"one rank; got \(3, 2\) of lokr_w1_a"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_parts_that_do_not_fit_are_named(case: str) -> None:
+    shapes, words = MISFITS[case]
+    tensors = {f"{LINEAR}.{part}": torch.ones(shape) for part, shape in shapes.items() if shape is not None}
+    with pytest.raises(AdapterError, match=f"{LINEAR}.*{words}" if "alpha" not in case else words):
+        merge_adapters([tensors])

@@ -95,6 +95,9 @@ def test_a_pickle_is_read_and_one_that_holds_more_is_refused(tmp_path: Path) -> 
     folder = saved(model, tmp_path / "pickle", safe_serialization=False)
     pickled = updates_of(open_adapter(folder))
     assert all(torch.equal(whole[name], pickled[name]) for name in whole)
+    torch.save({"step": 7}, folder / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"must hold tensors alone, .*; it has 'step', of type int"):
+        open_adapter(folder)
     torch.save({"model": Path("/tmp")}, folder / "adapter_model.bin")
     with pytest.raises(AdapterError, match=r"adapter_model\.bin must be a whole file of tensors"):
         open_adapter(folder)

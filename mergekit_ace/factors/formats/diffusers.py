@@ -1,6 +1,7 @@
 """diffusers' layout: `unet.<module>.lora_A.weight`, or of older versions `<module>.lora.down.weight`.
 
-The scale is `alpha / r` of a stored alpha or of the configuration in the file's metadata, and 1 where there is neither.
+Some programs leave an adapter's name in the keys, `lora_A.default.weight`. The scale is `alpha / r` of a stored alpha
+or of the configuration in the file's metadata, and 1 where there is neither.
 What is written has the newer names and needs no alpha.
 """
 
@@ -16,14 +17,15 @@ from torch import Tensor
 
 from mergekit_ace.factors import conversion
 from mergekit_ace.factors.formats.peft_settings import configured_scale
+from mergekit_ace.factors.formats.shapes import require_factors, scalar
 from mergekit_ace.factors.model import Adapter, Factors, Place, Update
 from mergekit_ace.factors.tensors import AdapterError, Tensors
 
 _KEY = re.compile(
     r"^(?P<module>.+?)(?:\.lora|\.lora_linear_layer|_lora)?\."
-    r"(?P<part>lora_A|lora_B|down|up|alpha|lora_magnitude_vector)(?:\.weight)?$"
+    r"(?P<part>lora_A|lora_B|down|up|alpha|lora_magnitude_vector)(?:\.default)?(?:\.weight)?$"
 )
-_SIGN = re.compile(r"\.lora_[AB]\.weight$|(?:\.lora|\.lora_linear_layer|_lora)\.(?:down|up)\.weight$")
+_SIGN = re.compile(r"\.lora_[AB](?:\.default)?\.weight$|(?:\.lora|\.lora_linear_layer|_lora)\.(?:down|up)\.weight$")
 _PARTS = {"down": "lora_A", "up": "lora_B"}
 _METADATA = "lora_adapter_metadata"
 
@@ -88,15 +90,12 @@ def _update(tensors: Tensors, module: str, parts: Mapping[str, str], settings: M
     if not {"lora_A", "lora_B"} <= parts.keys():
         raise AdapterError(f"adapter {name}: {module} must have lora_A and lora_B; it has {', '.join(sorted(parts))}")
     down, up = parts["lora_A"], parts["lora_B"]
+    require_factors(tensors.shape(down), tensors.shape(up), adapter=name, module=module)
     rank, kernel = tensors.shape(down)[0], tensors.shape(down)[2:]
-    if tensors.shape(up)[1] != rank:
-        raise AdapterError(
-            f"adapter {name}: {module} must have factors of one rank; got {rank} and {tensors.shape(up)[1]}"
-        )
     component, _, inside = module.partition(".")
     own = {key.partition(".")[2]: value for key, value in settings.items() if key.startswith(f"{component}.")}
     if "alpha" in parts:
-        scale = float(tensors[parts["alpha"]]) / rank
+        scale = scalar(tensors[parts["alpha"]], adapter=name, what=parts["alpha"]) / rank
     else:
         scale = configured_scale(own, inside, rank, name=name) if "lora_alpha" in own else 1.0
     place = Place(

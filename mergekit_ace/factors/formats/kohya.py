@@ -1,6 +1,7 @@
 """kohya's layout of diffusion adapters: one file, `lora_unet_<module>.lora_down.weight`, `.lora_up.weight`, `.alpha`.
 
-The scale is `alpha / r`, and 1 where there is no alpha. LyCORIS stores LoHa and LoKr under the same names.
+Some programs keep the dots of a module's name. The scale is `alpha / r`, and 1 where there is no alpha. LyCORIS stores
+LoHa and LoKr under the same names.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from mergekit_ace.factors import conversion
+from mergekit_ace.factors.formats.shapes import require_factors, require_loha, require_lokr, scalar
 from mergekit_ace.factors.model import Adapter, Factors, Place, Update
 from mergekit_ace.factors.tensors import AdapterError, Tensors
 
 _PART = re.compile(
-    r"^(?P<module>[^.]+)\.(?P<part>lora_down|lora_up|lora_mid|alpha|dora_scale|"
+    r"^(?P<module>.+?)\.(?P<part>lora_down|lora_up|lora_mid|alpha|dora_scale|"
     r"hada_(?:w1_a|w1_b|w2_a|w2_b|t1|t2)|lokr_(?:w1|w1_a|w1_b|w2|w2_a|w2_b|t2)|[a-z0-9_]+)(?:\.weight)?$"
 )
 _SIGNS = re.compile(r"\.lora_(?:down|up)\.weight$|^(?:lora|lycoris)_[^.]+\.")
@@ -71,20 +73,17 @@ def _update(tensors: Tensors, module: str, parts: Mapping[str, str], name: str) 
     shapes = {part: tensors.shape(key) for part, key in parts.items() if part != "alpha"}
     if "dora_scale" in parts:
         raise AdapterError(f"adapter {name} must be an update of the base; {module} is DoRA's. {_WAY_AROUND}")
-    alpha = float(tensors[parts["alpha"]]) if "alpha" in parts else None
+    alpha = scalar(tensors[parts["alpha"]], adapter=name, what=parts["alpha"]) if "alpha" in parts else None
     if "hada_w1_a" in parts or "lokr_w1" in parts or "lokr_w1_a" in parts:
         return _lycoris(tensors, module, parts, shapes, alpha, name)
     if not {"lora_down", "lora_up"} <= shapes.keys() or shapes.keys() - {"lora_down", "lora_up", "lora_mid"}:
         raise AdapterError(
-            f"adapter {name}: {module} must have lora_down and lora_up alone; it has {', '.join(sorted(shapes))}. "
+            f"adapter {name}: {module} must have lora_down and lora_up alone; it has {', '.join(sorted(parts))}. "
             f"{_WAY_AROUND}"
         )
     down, up = parts["lora_down"], parts["lora_up"]
+    require_factors(shapes["lora_down"], shapes["lora_up"], adapter=name, module=module)
     rank = shapes["lora_down"][0]
-    if shapes["lora_up"][1] != rank:
-        raise AdapterError(
-            f"adapter {name}: {module} must have factors of one rank; got {rank} and {shapes['lora_up'][1]}"
-        )
     scale = 1.0 if alpha is None else alpha / rank
     if "lora_mid" in parts:
         mid = parts["lora_mid"]
@@ -116,6 +115,10 @@ def _lycoris(
     name: str,
 ) -> Update:
     kind = "LoHa" if "hada_w1_a" in parts else "LoKr"
+    if other := sorted(part for part in shapes if not part.startswith(("hada_", "lokr_"))):
+        raise AdapterError(
+            f"adapter {name}: {module} must have the parts of {kind} alone; it has {', '.join(other)}. {_WAY_AROUND}"
+        )
     # A flattened kernel looks like a matrix: only the name tells.
     if any(len(shape) != 2 for shape in shapes.values()) or "conv" in module:
         raise AdapterError(
@@ -126,12 +129,14 @@ def _lycoris(
         return {part: tensors[key] for part, key in parts.items()}
 
     if kind == "LoHa":
+        require_loha(shapes, adapter=name, module=module)
         rank = shapes["hada_w1_a"][1]
         scale = 1.0 if alpha is None else alpha / rank
         place = Place(module=module, kind="linear", shape=(shapes["hada_w1_a"][0], shapes["hada_w1_b"][1]))
         return Update(
             place=place, rank=conversion.loha_rank(shapes), read=lambda: conversion.from_loha(read_all(), scale)
         )
+    require_lokr(shapes, adapter=name, module=module)
     m, n, rank = conversion.lokr_shape(shapes)
     factored = next((shapes[part][1] for part in ("lokr_w2_a", "lokr_w1_a") if part in shapes), None)
     # LyCORIS takes a scale of 1 where both matrices are stored whole.

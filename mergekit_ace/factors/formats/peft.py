@@ -24,6 +24,7 @@ from mergekit_ace.factors.formats.peft_settings import (
     kind_of,
     require_convertible,
 )
+from mergekit_ace.factors.formats.shapes import require_loha, require_lokr
 from mergekit_ace.factors.model import Adapter, Factors, Place, TokenRows, Update, Vector
 from mergekit_ace.factors.tensors import AdapterError, Tensors
 
@@ -260,7 +261,7 @@ class _Reader:
 
     def _loha(self, module: str, parts: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> Update:
         self._require_no_kernel(module, shapes)
-        self._require(module, shapes, "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+        require_loha(shapes, adapter=self._name, module=module)
         scale = self._lycoris_scale(module)
         return Update(
             place=Place(module=module, kind="linear", shape=(shapes["hada_w1_a"][0], shapes["hada_w1_b"][1])),
@@ -270,8 +271,7 @@ class _Reader:
 
     def _lokr(self, module: str, parts: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> Update:
         self._require_no_kernel(module, shapes)
-        for factor in ("lokr_w1", "lokr_w2"):
-            self._require(module, shapes, *([factor] if factor in shapes else [f"{factor}_a", f"{factor}_b"]))
+        require_lokr(shapes, adapter=self._name, module=module)
         m, n, rank = conversion.lokr_shape(shapes)
         scale = self._lycoris_scale(module)
         return Update(

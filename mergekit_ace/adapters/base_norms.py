@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
+from torch import Tensor
 
 from mergekit_ace.factors.model import Place
 from mergekit_ace.factors.tensors import AdapterError
@@ -19,8 +20,13 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _FILES = tuple(f"{name}{end}" for name in _WEIGHTS for end in ("", ".index.json"))
 
 
+def norm_of(weight: Tensor, index: int | None = None) -> float:
+    """`||W||_F` of a weight, or of one matrix of a stack."""
+    return math.sqrt(squared_norm(weight if index is None else weight[index]))
+
+
 class BaseNorms:
-    """Reads a weight of the base when its norm is asked for, and keeps nothing.
+    """Reads a weight of the base when it or its norm is asked for, and keeps nothing.
 
     Args:
         base: the base model's folder, or its name on a hub: taken from the hub's cache on this disk, and not fetched.
@@ -30,14 +36,23 @@ class BaseNorms:
         self._base = base
 
     def of(self, place: Place, index: int | None = None) -> float | None:
-        """`||W_0||_F` of a weight, or of one matrix of a stack; None where the base's weights are not at hand.
-
-        None too for a weight that the base does not have under the adapters' name for it, in the shape that they
-        expect and in floating point, as those of a quantized model.
+        """`||W_0||_F` of a weight, or of one matrix of a stack; None where `weight` is.
 
         Args:
             place: the weight.
             index: of the matrix in a stack.
+
+        Raises:
+            AdapterError: the base's weights are there, but cannot be read.
+        """
+        tensor = self.weight(place)
+        return None if tensor is None else norm_of(tensor, index)
+
+    def weight(self, place: Place) -> Tensor | None:
+        """A weight of the base, as stored; None where the base's weights are not at hand.
+
+        None too for a weight that the base does not have under the adapters' name for it, in the shape that they
+        expect and in floating point, as those of a quantized model.
 
         Raises:
             AdapterError: the base's weights are there, but cannot be read.
@@ -48,9 +63,8 @@ class BaseNorms:
             tensor = self._loader.get_tensor(place.weight)
         except READING as error:
             raise self._unreadable(error) from error
-        if tensor is None or tuple(tensor.shape) != place.stored_shape or not tensor.is_floating_point():
-            return None
-        return math.sqrt(squared_norm(tensor if index is None else tensor[index]))
+        fits = tensor is not None and tuple(tensor.shape) == place.stored_shape and tensor.is_floating_point()
+        return tensor if fits else None
 
     @property
     def known(self) -> bool:

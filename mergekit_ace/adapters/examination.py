@@ -11,6 +11,7 @@ from mergekit.options import MergeOptions
 from mergekit_ace.adapters.effect import require_effect
 from mergekit_ace.adapters.from_recipe import request_of
 from mergekit_ace.adapters.merge import AdapterMerge, WeightReport, require_weight
+from mergekit_ace.adapters.moments import check_moments
 from mergekit_ace.adapters.request import Request, model_name
 from mergekit_ace.adapters.truncation import Rank
 from mergekit_ace.checks.duplicates import check_duplicates
@@ -138,6 +139,7 @@ def _of_adapters(request: Request) -> Iterator[Finding]:
             remedy="Remove lambda, or save the adapters without them.",
         )
     merge = AdapterMerge(request)
+    yield from check_moments(request, merge)
     for name, place in request.places.items():
         parameters = request.parameters(name)
         if merge.treat(place, parameters).kind not in ("base", "buffer"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mergekit_ace.adapters.base_norms import BaseNorms
+from mergekit_ace.adapters.base_norms import BaseNorms, norm_of
 from mergekit_ace.adapters.effect import require_effect
 from mergekit_ace.adapters.request import Request
 from mergekit_ace.adapters.truncation import Rank, Truncation, input_weight, outputs_kept
@@ -161,23 +161,42 @@ class AdapterMerge:
         name = printable(place.weight)
         turned = place.transposed != (parameters["input_axis"] == "first")
         sized = solved and self._request.method.needs_base_norm(parameters)
+        weight = self.base_weight(place) if sized or (solved and parameters.get("moments")) else None
+        if sized:
+            self._warn_of_unknown_base()
         for matrix, index, updates in _matrices(name, place, self._read(place, name, parameters["weight"])):
             factors = [_turn(each.factors) if turned else each.factors for each in updates]
-            measured = None
+            moments = None
             if solved:
-                measured = measured_moments_of_adapters(
-                    matrix, place.stored_shape, [each.adapter for each in updates], parameters, self._warnings.warn
+                moments = measured_moments_of_adapters(
+                    matrix,
+                    place.stored_shape,
+                    self._request.having(place, parameters["weight"]),
+                    parameters,
+                    self._warnings.warn,
+                    base=weight,
                 )
+            norm = norm_of(weight, index) if weight is not None and sized else None
+            if index is None:
+                weight = None  # not held during the merge
             yield Cores(
                 name=matrix,
                 updates=tuple(updates),
-                space=core_space(factors) if measured is None else output_space(factors),
+                space=core_space(factors) if moments is None else output_space(factors),
                 turned=turned,
-                measured=measured,
-                base_norm=self._base_norm(place, index) if sized else None,
+                measured=None if moments is None else [moments[each.adapter] for each in updates],
+                base_norm=norm,
             )
 
-    def _base_norm(self, place: Place, index: int | None) -> float | None:
+    def base_weight(self, place: Place) -> Tensor | None:
+        """The base's weight, where it is on this machine.
+
+        Raises:
+            AdapterError: it is, and cannot be read.
+        """
+        return self._base_norms.weight(place)
+
+    def _warn_of_unknown_base(self) -> None:
         if not self._base_norms.known:
             base = self._request.base_name or "the base"
             self._warnings.warn(
@@ -185,7 +204,6 @@ class AdapterMerge:
                 f"The weights of {base} are not on this machine, so the adapters' updates count as small for them, as "
                 "those of language models are. If they are above a few percent, name the base's folder as base_model.",
             )
-        return self._base_norms.of(place, index)
 
     def _weight(self, place: Place, parameters: Mapping[str, Any]) -> MergedWeight:
         treated = self.treat(place, parameters)

@@ -63,6 +63,13 @@ class Request:
         """Every weight that an adapter updates, in the order of the first that has it."""
         return self._places
 
+    def having(self, place: Place, weights: Sequence[float]) -> dict[str, bool]:
+        """Each adapter's name -> whether it changes a weight, with a positive weight in the merge."""
+        found = dict.fromkeys((adapter.name for adapter in self.adapters), False)
+        for adapter, weight in zip(self.adapters, weights, strict=True):
+            found[adapter.name] |= place.weight in adapter.updates and weight > 0
+        return found
+
     def parameters(self, name: str) -> Mapping[str, Any]:
         """The method's parameters for a tensor; `weight` holds one number for each adapter, in their order."""
         own = self.own or [None] * len(self.adapters)

@@ -47,7 +47,7 @@ def check_moments(plan: Plan) -> Iterator[Finding]:
 
 
 def _of_folder(plan: Plan, folder: MomentsFolder, tensors: list[PlannedTensor]) -> Iterator[Finding]:
-    known = {str(expert): folder.expert(str(expert)) for expert in plan.experts}
+    known = folder.names(map(str, plan.experts))
     unknown = [name for name in folder.index.experts if name not in known.values()]
     if unknown:
         yield Finding(

@@ -14,7 +14,7 @@ from mergekit.options import MergeOptions, add_merge_options
 
 from mergekit_ace.cli.failures import reported
 from mergekit_ace.cli.help import Command
-from mergekit_ace.collecting.collect import Collected, Progress, Settings, collect
+from mergekit_ace.collecting.collect import FEWEST_TOKENS, Collected, Progress, Settings, collect
 from mergekit_ace.collecting.prompts import Prompt, read_prompts
 from mergekit_ace.moments.load import last_part
 from mergekit_ace.recipe.failures import RecipeError
@@ -72,7 +72,7 @@ def _parse_prompts(ctx: click.Context, param: click.Parameter, values: Sequence[
 )
 @click.option(
     "--tokens",
-    type=click.IntRange(min=1),
+    type=click.IntRange(min=FEWEST_TOKENS),
     default=1024,
     show_default=True,
     help="Tokens sampled for each layer and expert, at most. The files grow with it: 1024 are 1.7 GB an expert of 8B",

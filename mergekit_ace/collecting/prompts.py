@@ -46,14 +46,14 @@ def read_prompts(path: Path) -> list[Prompt]:
     - `.jsonl`: one object a line, with one of `prompt` (a turn of the user, with an optional `completion`, the
       assistant's answer), `text` (plain text, no chat template) or `messages` (a list of `role` and `content`). Other
       keys are not read.
-    - a folder: its `.txt` and `.jsonl` files, by name.
+    - a folder: its `.txt` and `.jsonl` files, by name; hidden ones are not read.
 
     Raises:
         PromptError: a file that is missing, not UTF-8 or of another kind; a line that holds no prompt; no line.
     """
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
+        files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and not file.name.startswith("."))
         if not files:
             raise PromptError(f"{path} must hold .txt or .jsonl files with prompts; there is none")
     prompts = [prompt for file in files for prompt in _read_file(file)]

@@ -52,35 +52,64 @@ def with_measured_moments(
 
 
 def measured_moments_of_adapters(
-    name: str, shape: Sequence[int], adapters: Sequence[str], parameters: Mapping[str, Any], warn: Warn
-) -> list[MeasuredMoment | None] | None:
-    """Each adapter's moment of the inputs of one weight; None where none is measured.
-
-    The base's weight is not at hand, so that of the base no more than the shape is compared.
+    name: str,
+    shape: Sequence[int],
+    adapters: Mapping[str, bool],
+    parameters: Mapping[str, Any],
+    warn: Warn,
+    *,
+    base: Tensor | None = None,
+) -> dict[str, MeasuredMoment | None] | None:
+    """The moment of each adapter that changes a weight, of its inputs, by name; None where none is measured.
 
     Args:
         name: of the weight.
         shape: of the base's weight, as stored.
-        adapters: by name, or their paths.
+        adapters: of the recipe, by name or path -> whether it changes the weight; moments are of those that do.
         parameters: of the recipe.
         warn: as of `with_measured_moments`.
+        base: the base's weight, where it is at hand: it must be the one that the moments were measured on.
 
     Raises:
         MomentsError: as `with_measured_moments`; or the moments were measured by the experts themselves.
     """
     if not parameters.get("moments"):
         return None
-    found = _found(name, shape, dict.fromkeys(adapters, True), parameters, warn)
+    found = moments_for_adapters(name, shape, adapters, parameters, warn, base=base)
     if found is None:
         return None
     folder, tensor, known = found
+    having = {adapter: known[adapter] for adapter, changes in adapters.items() if changes}
+    moments = {a: None if known_as is None else folder.measured(tensor, known_as) for a, known_as in having.items()}
+    return moments if any(moment is not None for moment in moments.values()) else None
+
+
+def moments_for_adapters(
+    name: str,
+    shape: Sequence[int],
+    adapters: Mapping[str, bool],
+    parameters: Mapping[str, Any],
+    warn: Warn,
+    *,
+    base: Tensor | None = None,
+) -> tuple[MomentsFolder, MeasuredTensor, Mapping[str, str | None]] | None:
+    """As `measured_moments_of_adapters`, of a recipe with `moments`, without reading the moments.
+
+    Returns:
+        the folder, what it has of the weight, and the name in it of each adapter; None where it has nothing of it.
+    """
+    found = _found(name, shape, adapters, parameters, warn)
+    if found is None:
+        return None
+    folder = found[0]
     if folder.index.by == "expert":
         raise MomentsError(
             f"{folder.folder} was measured by the experts themselves (--by expert), which cannot be told from others "
             "by their factors. Measure the moments by the base, or merge without --adapter"
         )
-    moments = [None if (known_as := known[a]) is None else folder.measured(tensor, known_as) for a in adapters]
-    return moments if any(moment is not None for moment in moments) else None
+    if base is not None:
+        folder.require_weight(name, base)
+    return found
 
 
 def measured_inputs(name: str, parameters: Mapping[str, Any]) -> int:
@@ -115,7 +144,7 @@ def _found(
         warn: told once of each expert that keeps its estimates.
     """
     folder = open_moments(Path(parameters["moments"]))
-    known = {expert: folder.expert(expert) for expert in experts}
+    known = folder.names(experts)
     if not any(known.values()):
         raise MomentsError(
             f"{folder.folder} has second moments of {', '.join(folder.index.experts)}, none of which is an expert of "

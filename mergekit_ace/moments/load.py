@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,15 +30,32 @@ class MomentsFolder:
         self.folder = folder
         self.index: MomentsIndex = read_index(folder)
 
-    def expert(self, model: str) -> str | None:
-        """The name in this folder of an expert of the recipe; None where it has no moments.
+    def names(self, models: Iterable[str]) -> dict[str, str | None]:
+        """The name in this folder of each expert of a recipe; None where it has no moments.
 
-        By the whole reference, or by the last part of its path, so that a folder may be moved.
+        By the whole reference or the adapter's own path; else by the last part of it, so that models may be moved,
+        where no other expert of the recipe has the same moments.
+
+        Args:
+            models: all experts of the recipe, as it names them.
         """
-        experts = self.index.experts
-        exact = [name for name, entry in experts.items() if model in (name, entry.model)]
-        last = [name for name, entry in experts.items() if last_part(model) in (name, last_part(entry.model))]
-        found = exact or last
+        listed = list(dict.fromkeys(models))
+        exact = {model: self._named(model, whole=True) for model in listed}
+        others = {model: self._named(model, whole=False) for model in listed if exact[model] is None}
+        claimed = Counter(name for name in (*exact.values(), *others.values()) if name is not None)
+        return {
+            model: exact[model] or (found if (found := others[model]) is not None and claimed[found] == 1 else None)
+            for model in listed
+        }
+
+    def _named(self, model: str, *, whole: bool) -> str | None:
+        """The one expert of the folder that has a model's name, or the last part of it."""
+        found = []
+        for name, entry in self.index.experts.items():
+            if whole and model in (name, entry.model, entry.model.rpartition("+")[2]):
+                found.append(name)
+            if not whole and last_part(model) in (name, last_part(entry.model)):
+                found.append(name)
         return found[0] if len(found) == 1 else None
 
     def tensor(self, name: str, shape: Sequence[int], *, input_first: bool) -> MeasuredTensor | None:
@@ -73,7 +91,7 @@ class MomentsFolder:
         Args:
             name: of a tensor that `tensor` found.
             weight: as stored.
-            expert: whose it is, as `expert` gave; its values count where it was itself run. None: the base's.
+            expert: whose it is, as `names` gave; its values count where it was itself run. None: the base's.
 
         Raises:
             MomentsError: it has other values.
@@ -96,7 +114,7 @@ class MomentsFolder:
 
         Args:
             tensor: what `tensor` gave.
-            expert: what `expert` gave.
+            expert: what `names` gave.
 
         Raises:
             MomentsError: the file is damaged.

@@ -84,3 +84,9 @@ def test_files_that_hold_no_prompts(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(PromptError, match=r"empty must hold \.txt or \.jsonl files with prompts; there is none"):
         read_prompts(tmp_path / "empty")
+
+
+def test_hidden_files_of_a_folder_are_no_prompts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n")
+    (tmp_path / "._a.txt").write_bytes(b"\x00\x05\x16\x07\xff")
+    assert [prompt.where for prompt in read_prompts(tmp_path)] == [f"{tmp_path / 'a.txt'} line 1"]

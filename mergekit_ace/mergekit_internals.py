@@ -12,8 +12,10 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from importlib.metadata import version
+from importlib.resources import files
 from typing import Any
 
+from mergekit._data import chat_templates
 from mergekit.architecture import (
     ConfiguredModuleArchitecture,
     WeightInfo,
@@ -73,6 +75,7 @@ __all__ = [
     "build_tokenizer",
     "build_union_tokenizer",
     "can_convert_checkpoint_keys",
+    "chat_template_names",
     "conversion_sources",
     "convert_checkpoint_tensors",
     "copy_tagalong_files",
@@ -189,6 +192,12 @@ def architecture_is_inferred(config: MergeConfiguration, options: MergeOptions) 
         arch_info_for_config(model.config(trust_remote_code=options.trust_remote_code)) is None
         for model in in_recipe_order(config)
     )
+
+
+def chat_template_names() -> list[str]:
+    """The names by which a recipe's `chat_template` takes one of mergekit's own."""
+    names = (file.name for file in files(chat_templates).iterdir())
+    return sorted(name.removesuffix(".jinja") for name in names if name.endswith(".jinja"))
 
 
 def adapter_entry_name(model: ModelReference) -> str:

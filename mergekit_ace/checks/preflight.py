@@ -17,6 +17,7 @@ from mergekit_ace.checks.layers import check_layers
 from mergekit_ace.checks.quantized import check_quantization
 from mergekit_ace.checks.spelling import check_keys, check_parameters
 from mergekit_ace.checks.tensors import check_names, check_tensors
+from mergekit_ace.checks.token_rows import check_token_rows
 from mergekit_ace.checks.weights import check_weights
 from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.findings import Finding
@@ -62,7 +63,9 @@ def require_sound_plan(plan: Plan, *, complete: bool = True) -> None:
     """
     findings = [*check_layers(plan), *check_weights(plan)]
     if not findings:
-        findings = [*check_tensors(plan), *check_buffers(plan)] if complete else [*check_names(plan)]
+        findings = (
+            [*check_tensors(plan), *check_buffers(plan), *check_token_rows(plan)] if complete else [*check_names(plan)]
+        )
     errors = [f"{finding.what}. {finding.remedy}" for finding in findings if finding.level == "error"]
     if errors:
         raise RecipeError("\n".join(errors))

@@ -25,9 +25,9 @@ def check_tokenizers(recipe: Recipe) -> Iterator[Finding]:
     if recipe.config.tokenizer is not None or recipe.config.tokenizer_source is not None:
         return
     models = in_recipe_order(recipe.config)
-    base = _vocabulary(models[0].model)
+    base = vocabulary(models[0].model)
     for expert in models[1:]:
-        tokens = _vocabulary(expert.lora or expert.model)
+        tokens = vocabulary(expert.lora or expert.model)
         if base is None or tokens is None or tokens == base:
             continue
         moved = sum(base[token] != number for token, number in tokens.items() if token in base)
@@ -45,7 +45,13 @@ def check_missing_tokenizers(recipe: Recipe) -> Iterator[Finding]:
     base, *experts = in_recipe_order(recipe.config)
     without = [model for model in (base, *experts) if _has_tokenizer(model.model) is False]
     if recipe.config.tokenizer is None and recipe.config.tokenizer_source is None:
-        if base in without and any(_has_tokenizer(expert.lora or expert.model) for expert in experts):
+        if base in without and recipe.config.chat_template:
+            yield Finding(
+                level="error",
+                what=f"{base} has no tokenizer, with which chat_template is saved",
+                remedy="Copy one into the base's folder, add tokenizer_source: EXPERT, or remove chat_template.",
+            )
+        elif base in without and any(_has_tokenizer(expert.lora or expert.model) for expert in experts):
             yield Finding(
                 level="warning",
                 what=f"{base} has no tokenizer, so the merged model will have none",
@@ -104,7 +110,7 @@ def check_padding(plan: Plan) -> Iterator[Finding]:
     if plan.base is None or source not in ("base", "union"):
         return
     named = [plan.base] if source == "base" else plan.models
-    vocabularies = [_vocabulary(model.lora or model.model) or _vocabulary(model.model) for model in named]
+    vocabularies = [vocabulary(model.lora or model.model) or vocabulary(model.model) for model in named]
     if any(vocabulary is None for vocabulary in vocabularies):
         return
     tokens = len({token for vocabulary in vocabularies for token in vocabulary or ()})
@@ -159,7 +165,8 @@ def _multiple(tokens: int, rows: int) -> int:
     return next((power for power in reversed(powers) if -(-tokens // power) * power == rows), rows)
 
 
-def _vocabulary(source: ModelPath) -> Mapping[str, int] | None:
+def vocabulary(source: ModelPath) -> Mapping[str, int] | None:
+    """A model's tokens by their numbers, added ones too; None where it has no tokenizer.json."""
     document = read_json(source, "tokenizer.json")
     if document is None:
         return None

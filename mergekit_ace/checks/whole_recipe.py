@@ -26,6 +26,7 @@ from mergekit_ace.checks.quantized import check_quantization
 from mergekit_ace.checks.raw import check_raw, is_raw
 from mergekit_ace.checks.spelling import check_keys, check_parameters
 from mergekit_ace.checks.tensors import check_precision, check_tensors, check_treatments
+from mergekit_ace.checks.token_rows import check_token_rows
 from mergekit_ace.checks.unmeasured import suggest_moments
 from mergekit_ace.checks.unused import check_unused
 from mergekit_ace.checks.vocabularies import (
@@ -156,6 +157,7 @@ def _of_plan(plan: Plan) -> Iterator[Finding]:
         yield from check_unused(plan)
     yield from check_buffers(plan)
     yield from check_padding(plan)
+    yield from check_token_rows(plan)
     yield from check_precision(plan)
     yield from check_treatments(plan)
     yield from check_kinship(plan)

@@ -73,7 +73,12 @@ def write_files(plan: Plan, source: str, folder: Path, name: str) -> None:
         try:
             copy_tokenizer(recipe, str(folder), options=options)
         except Exception as error:  # transformers and tokenizers each raise their own
-            if recipe.chat_template or _has_tokenizer(plan, donor):
+            if recipe.chat_template and not _has_tokenizer(plan, donor):
+                raise RuntimeError(
+                    f"{donor} has no tokenizer, with which chat_template is saved. Copy one into its folder, add "
+                    "tokenizer_source: EXPERT, or remove chat_template"
+                ) from error
+            if _has_tokenizer(plan, donor):
                 raise RuntimeError(
                     f"the tokenizer of {donor} cannot be copied: {message_of(error)}. "
                     "Repair it, or pass --no-copy-tokenizer"

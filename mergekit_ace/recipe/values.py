@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,6 +12,7 @@ from mergekit.common import ModelReference, dtype_from_name
 from mergekit.merge_methods.registry import registered_methods
 from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig, ZeroEmbedding
 
+from mergekit_ace.mergekit_internals import chat_template_names
 from mergekit_ace.recipe.blocks import Block, blocks_of
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.nearest import did_you_mean
@@ -22,6 +24,7 @@ _DTYPE_NAMES = {"bf16": "bfloat16", "bfloat": "bfloat16", "fp16": "float16", "ha
 _DTYPE_NAMES |= {"float": "float32", "double": "float64", "fp64": "float64"}
 # Similarity from which a word is a misspelled one; phi-base, which may be a model, has 0.67 to base.
 _SURELY = 0.75
+_SHORTEST_TEMPLATE = 20
 _INPUTS = ("models", "slices", "modules")
 
 
@@ -29,8 +32,7 @@ def check_values(document: Mapping[str, Any]) -> Iterator[Finding]:
     """Entries of another type than mergekit reads, unknown dtypes, layer ranges that are none, missing models."""
     for key in ("dtype", "out_dtype"):
         yield from _check_dtype(key, document.get(key))
-    if document.get("chat_template") is not None and not isinstance(document["chat_template"], str):
-        yield _wrong("chat_template", "text", document["chat_template"])
+    yield from _check_chat_template(document.get("chat_template"))
     if document.get("base_model") is not None:
         yield from _check_model("base_model", document["base_model"])
     yield from _check_tokenizer(document)
@@ -83,13 +85,34 @@ def _check_dtype(key: str, value: Any) -> Iterator[Finding]:
     if value is None:
         return
     near = _DTYPE_NAMES.get(str(value).lower().removeprefix("torch."))
-    remedy = (f"Did you mean {near}?" if near else did_you_mean(str(value), _DTYPES)) or f"Known: {', '.join(_DTYPES)}."
+    known = f"Known: {', '.join(_DTYPES)}."
+    # Of their numbers alone the narrower ones are similar to these.
+    nearest = "" if re.search(r"float[48]|int", str(value)) else did_you_mean(str(value), _DTYPES)
+    remedy = f"Did you mean {near}?" if near else nearest or known
     try:
         dtype = dtype_from_name(value) if isinstance(value, str) else None
     except RuntimeError:
         dtype = None
     if dtype is None or not dtype.is_floating_point:
         yield Finding(level="error", what=f"{key} must be one of {', '.join(_DTYPES)}; got {value!r}", remedy=remedy)
+
+
+def _check_chat_template(value: Any) -> Iterator[Finding]:
+    if not value:
+        if value not in (None, ""):
+            yield _wrong("chat_template", "text", value)
+        return
+    if not isinstance(value, str):
+        yield _wrong("chat_template", "text", value)
+        return
+    names = chat_template_names()
+    # By the same rule mergekit tells a template from a name, after the merge.
+    if value != "auto" and value not in names and (len(value) < _SHORTEST_TEMPLATE or "{" not in value):
+        yield Finding(
+            level="error",
+            what=f"chat_template must be auto, a template of mergekit's, or a Jinja template; got {value!r}",
+            remedy=did_you_mean(value, ["auto", *names]) or f"Known: auto, {', '.join(names)}.",
+        )
 
 
 def _check_tokenizer(document: Mapping[str, Any]) -> Iterator[Finding]:

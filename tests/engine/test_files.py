@@ -83,6 +83,17 @@ def test_a_model_without_a_tokenizer_is_merged_with_a_warning(
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("command", ["check", "merge"])
+def test_a_chat_template_needs_a_tokenizer(command: str, tmp_path: Path, invoke: Invoke) -> None:
+    recipe = _recipe(tmp_path)
+    recipe.write_text(recipe.read_text() + "chat_template: chatml\n")
+    result = invoke(command, recipe, *([tmp_path / "out"] if command == "merge" else []))
+    assert result.exit_code == 1
+    assert f"{tmp_path / 'models' / 'base'} has no tokenizer, with which chat_template is saved" in result.output
+    assert "--no-copy-tokenizer" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tensor_that_is_missing_repeated_unknown_or_different_is_found(tmp_path: Path) -> None:
     tensors = {name: torch.zeros(2, 3) for name in ("a", "b", "c")}
     planned = [described(name, tensor) for name, tensor in tensors.items()]

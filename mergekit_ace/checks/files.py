@@ -41,13 +41,13 @@ def check_files(recipe: Recipe) -> Iterator[Finding]:
     for model in in_recipe_order(recipe.config):
         if model.model not in seen:
             seen.add(model.model)
-            yield from _check_model(model)
+            yield from _check_model(model, Path(recipe.name).parent)
         if model.lora is not None and model.lora not in seen:
             seen.add(model.lora)
             yield from _check_adapter(model)
     source = _tokenizer_source(recipe)
     if source is not None and source not in seen:
-        yield from _check_tokenizer(source)
+        yield from _check_tokenizer(source, Path(recipe.name).parent)
 
 
 def check_file_of_tensors(file: Path) -> Iterator[Finding]:
@@ -61,7 +61,7 @@ def check_file_of_tensors(file: Path) -> Iterator[Finding]:
         yield Finding(level="error", what=message_of(error), remedy=_FETCH_AGAIN)
 
 
-def _check_model(model: ModelReference) -> Iterator[Finding]:
+def _check_model(model: ModelReference, beside: Path) -> Iterator[Finding]:
     folder = Path(model.model.path)
     if folder.is_dir():
         yield from _check_folder(folder)
@@ -73,10 +73,21 @@ def _check_model(model: ModelReference) -> Iterator[Finding]:
         )
     elif looks_local(model.model.path):
         yield Finding(
-            level="error", what=f"the model {folder} must be a folder; there is none", remedy="Check its path."
+            level="error",
+            what=f"the model {folder} must be a folder; there is none",
+            remedy=_elsewhere(folder, beside) or "Check its path.",
         )
     else:
-        yield from _check_hub(model.model)
+        yield from _check_hub(model.model, beside)
+
+
+def _elsewhere(path: Path, beside: Path) -> str | None:
+    """The folder that is probably meant: from the home, or from the place of the recipe."""
+    if path.parts[:1] == ("~",) and path.expanduser().exists():
+        return f"mergekit does not read ~ as the home; write {path.expanduser()}."
+    if not path.is_absolute() and (beside / path).exists():
+        return f"mergekit starts from the folder in which it runs; write {(beside / path).resolve()}."
+    return None
 
 
 def _tokenizer_source(recipe: Recipe) -> ModelPath | None:
@@ -86,21 +97,27 @@ def _tokenizer_source(recipe: Recipe) -> ModelPath | None:
     return source.model if isinstance(source, ModelReference) else None
 
 
-def _check_tokenizer(source: ModelPath) -> Iterator[Finding]:
+def _check_tokenizer(source: ModelPath, beside: Path) -> Iterator[Finding]:
     folder = Path(source.path)
     if looks_local(source.path) and not folder.is_dir():
         yield Finding(
             level="error",
             what=f"the tokenizer's source {folder} must be a folder; there is none",
-            remedy="Check its path, or write base or union.",
+            remedy=_elsewhere(folder, beside) or "Check its path, or write base or union.",
         )
     elif not folder.exists() and hub_model(source).state in ("absent", "unreachable"):
-        yield from _check_hub(source)
+        yield from _check_hub(source, beside)
 
 
-def _check_hub(source: ModelPath) -> Iterator[Finding]:
+def _check_hub(source: ModelPath, beside: Path) -> Iterator[Finding]:
     told = hub_model(source)
-    if told.state == "absent":
+    if told.state in ("absent", "unreachable") and (remedy := _elsewhere(Path(source.path), beside)) is not None:
+        yield Finding(
+            level="error",
+            what=f"{source} is no folder in {Path.cwd()}, and the Hugging Face Hub does not show it",
+            remedy=remedy,
+        )
+    elif told.state == "absent":
         yield Finding(
             level="error",
             what=f"{source} is no folder on this disk, and the Hugging Face Hub does not show it: {told.words}",
@@ -186,6 +203,9 @@ def _other_weights(folder: Path) -> str:
     )
     if not files:
         return ""
+    broken = next((folder / name for name in files if not (folder / name).exists()), None)
+    if broken is not None:
+        return f"; {broken} is a link to {broken.readlink()}, which is not there"
     return (
         f"; it holds {', '.join(files[:3])}, and mergekit reads model.safetensors, pytorch_model.bin, or shards with "
         "an index of those names"

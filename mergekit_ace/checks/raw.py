@@ -14,7 +14,7 @@ from safetensors import safe_open
 from mergekit_ace.checkpoints.headers import TensorHeader, read_file
 from mergekit_ace.checks.buffers import agree, differing_buffers
 from mergekit_ace.checks.files import check_file_of_tensors
-from mergekit_ace.checks.prefixes import renamed_remedy
+from mergekit_ace.checks.prefixes import longer_names_remedy
 from mergekit_ace.checks.quantized import quantized
 from mergekit_ace.recipe.failures import READING
 from mergekit_ace.recipe.findings import Finding
@@ -22,6 +22,8 @@ from mergekit_ace.recipe.findings import Finding
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _KEYS = ("merge_method", "models", "parameters", "dtype", "base_model", "out_dtype")
 _MOST_NAMES = 3
+# Its models' names are parsed once more on the way: as a revision, an adapter, or what JSON cannot hold.
+_UNREAD_SIGNS = (" ", '"', "@", "+")
 
 Headers = Mapping[str, TensorHeader]
 
@@ -51,6 +53,13 @@ def check_raw(document: Mapping[str, Any]) -> Iterator[Finding]:
                 remedy="Remove it, or name the models' folders and run mergekit-yaml.",
             )
     names = model_files(document)
+    for name in names:
+        if any(sign in name for sign in _UNREAD_SIGNS):
+            yield Finding(
+                level="error",
+                what=f"mergekit-pytorch reads no file whose path holds a space, a double quote, @ or +; got {name}",
+                remedy="Rename it, or make a link to it without them.",
+            )
     broken = [finding for name in names for finding in check_file_of_tensors(Path(name))]
     broken += [] if broken else [f for name in names for f in quantized(ModelPath(path=name), name)]
     yield from broken
@@ -68,7 +77,7 @@ def _check_names(headers: Mapping[str, Headers], base: str | None) -> Iterator[F
     experts = {name: held for name, held in headers.items() if name != base} or headers
     merged = dict.fromkeys(tensor for held in experts.values() for tensor in held)
     missing = {name: [tensor for tensor in merged if tensor not in held] for name, held in headers.items()}
-    renamed = {name: found for name, held in headers.items() if (found := renamed_remedy(missing[name], held))}
+    renamed = {name: found for name, held in headers.items() if (found := longer_names_remedy(missing[name], held))}
     for name in renamed or [name for name in missing if missing[name]]:
         why, remedy = renamed.get(name) or (
             "",

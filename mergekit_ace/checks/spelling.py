@@ -13,6 +13,7 @@ from mergekit.config import (
     OutputSliceDefinition,
 )
 from mergekit.merge_methods.base import ParameterScope, ParameterSpec
+from mergekit.merge_methods.registry import registered_methods
 from mergekit.tokenizer.config import TokenEmbeddingConfig, TokenizerConfig
 from pydantic import BaseModel
 
@@ -20,6 +21,8 @@ from mergekit_ace.recipe.blocks import blocks_of
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.nearest import did_you_mean, nearest
 from mergekit_ace.recipe.parameter_values import parameters_of
+
+_MOST_NAMES = 3
 
 
 def check_keys(document: Mapping[str, Any]) -> Iterator[Finding]:
@@ -42,7 +45,9 @@ def check_parameters(document: Mapping[str, Any]) -> Iterator[Finding]:
                 yield Finding(
                     level="error",
                     what=f"{block.where}: {method} has no parameter {name!r}; mergekit ignores it without a message",
-                    remedy=did_you_mean(str(name), known) or f"It has: {', '.join(known)}.",
+                    remedy=_of_others(str(name), str(method))
+                    or did_you_mean(str(name), known)
+                    or f"It has: {', '.join(known)}.",
                 )
             elif block.model is not None and known[name].scope == ParameterScope.SHARED:
                 yield Finding(
@@ -60,6 +65,16 @@ def check_parameters(document: Mapping[str, Any]) -> Iterator[Finding]:
                     what=f"{block.where}: {name} has no effect on the base model {block.model}",
                     remedy="Remove it; only the experts have one.",
                 )
+
+
+def _of_others(name: str, method: str) -> str | None:
+    """Whose parameter it is, where it is one of other methods: a recipe that was written for one of them."""
+    others = [
+        other.spec.name
+        for other in registered_methods()
+        if other.spec.name != method and any(parameter.name == name for parameter in other.spec.parameters)
+    ]
+    return f"Remove it: it is a parameter of {', '.join(sorted(others)[:_MOST_NAMES])}." if others else None
 
 
 def _entries(document: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[Any, Any], type[BaseModel]]]:

@@ -54,7 +54,7 @@ def check_tensors(plan: Plan) -> Iterator[Finding]:
 
 def check_missing(plan: Plan) -> Iterator[Finding]:
     """Tensors of the architecture that a model does not have, or has under a longer name."""
-    for model, names in _missing(plan):
+    for model, names in missing_tensors(plan):
         why, remedy = renamed_remedy(names, plan.headers(model)) or ("", "Complete the checkpoint.")
         what = f"{model} lacks {_some(names)}" + (f": {why}" if why else "")
         yield Finding(level="error", what=what, remedy=remedy)
@@ -62,12 +62,12 @@ def check_missing(plan: Plan) -> Iterator[Finding]:
 
 def check_names(plan: Plan) -> Iterator[Finding]:
     """Models that have their tensors under longer names."""
-    for model, names in _missing(plan):
+    for model, names in missing_tensors(plan):
         if renamed := renamed_remedy(names, plan.headers(model)):
             yield Finding(level="error", what=f"{model} lacks {_some(names)}: {renamed[0]}", remedy=renamed[1])
 
 
-def _missing(plan: Plan) -> Iterator[tuple[ModelReference, Sequence[str]]]:
+def missing_tensors(plan: Plan) -> Iterator[tuple[ModelReference, Sequence[str]]]:
     """The models that lack tensors, and the names under which mergekit looks for them."""
     for model in plan.models:
         names = [

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from mergekit.common import ModelReference
 
 from mergekit_ace.checkpoints.headers import TensorHeader
+from mergekit_ace.checks.prefixes import renamed_remedy
+from mergekit_ace.checks.tensors import missing_tensors
 from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.plan import Plan
@@ -24,7 +26,10 @@ def check_unused(plan: Plan) -> Iterator[Finding]:
     Layers that a recipe with slices leaves out are meant to be left out.
     """
     base = unused_tensors(plan, plan.base) if plan.base is not None else []
+    renamed = {model for model, names in missing_tensors(plan) if renamed_remedy(names, plan.headers(model))}
     for model in plan.models:
+        if model in renamed:  # its tensors are not lost: they have other names
+            continue
         names = unused_tensors(plan, model)
         if model.lora is not None and names == base:  # an adapter brings none of its own
             continue

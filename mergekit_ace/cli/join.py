@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from mergekit.options import ShardSizeParamType
 
 from mergekit_ace.cli.failures import reported
+from mergekit_ace.cli.sizes import ShardSize
 from mergekit_ace.engine import joining
 from mergekit_ace.staging import staged
 
@@ -19,7 +19,7 @@ from mergekit_ace.staging import staged
 @click.option("--overwrite", is_flag=True, help="Replace a model in OUT_PATH, once the new one is whole")
 @click.option(
     "--out-shard-size",
-    type=ShardSizeParamType(),
+    type=ShardSize(),
     help="Number of bytes per output file  [default: as in the parts, whose files are then linked and not copied]",
 )
 @click.option("-v", "verbosity", count=True, help="Show the traceback of an error")

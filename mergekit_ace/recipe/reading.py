@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from mergekit.config import MergeConfiguration
+from yaml.composer import ComposerError
 
 from mergekit_ace import register
 from mergekit_ace.mergekit_internals import OrderedRecipe
@@ -81,12 +82,24 @@ def parse_document(text: str, path: Path) -> Mapping[str, Any]:
     register()  # a no-op where the startup hook has run
     try:
         document = yaml.safe_load(text)
+    except ComposerError as error:
+        if _holds_several(text):
+            raise RecipeError(
+                f"{path} must hold one recipe; it holds several documents, with --- between them. Run mergekit-multi, "
+                "which merges them one after the other, or give each a file of its own"
+            ) from error
+        raise RecipeError(f"{path} must be a YAML file; {message_of(error)}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} must be a YAML file; {message_of(error)}") from error
     if not isinstance(document, Mapping):
         found = "it is empty" if document is None else f"got {type(document).__name__}"
         raise RecipeError(f"{path} must hold a mapping with merge_method and models; {found}")
     return document
+
+
+def _holds_several(text: str) -> bool:
+    events = yaml.parse(text, Loader=yaml.SafeLoader)
+    return sum(isinstance(event, yaml.DocumentStartEvent) for event in events) > 1
 
 
 def understood(text: str, document: Mapping[str, Any], path: Path) -> Recipe:

@@ -67,6 +67,15 @@ def test_a_sound_recipe_has_no_findings_and_a_cost(llama: Suite, tmp_path: Path)
             {"parameters": {"epsilom": 1}},
             "no parameter 'epsilom'; mergekit ignores it without a message | Did you mean epsilon?",
         ),
+        # Of another method, whatever of ours its name resembles.
+        (
+            {"parameters": {"int8_mask": True}},
+            "no parameter 'int8_mask'; mergekit ignores it without a message | Remove",
+        ),
+        (
+            {"parameters": {"density": 0.5}},
+            "Remove it: it is a parameter of breadcrumbs, breadcrumbs_ties, dare_linear.",
+        ),
         ({"paramters": {}}, "mergekit does not read 'paramters' in the recipe | Did you mean parameters?"),
         ({"merge_method": "acee"}, "got 'acee' | Did you mean ace?"),
         ({"parameters": {"epsilon": -1}}, "parameter epsilon must be a finite number above 0, or 'auto'; got -1"),
@@ -325,7 +334,8 @@ def test_names_that_are_longer_than_they_should_be(token: str, words: str, llama
         tensors.update(longer)
     (error,) = found(examine(with_expert(llama, expert), tmp_path), "error")
     assert words in error
-    assert f"name.replace({token!r}, '')" in error
+    assert (f"name.replace({token!r}, '')" in error) == (token != "policy.")
+    assert (f"name.removeprefix({token!r})" in error) == (token == "policy.")
 
 
 def test_layers_beyond_the_end(llama: Suite, tmp_path: Path) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from mergekit_ace.checkpoints.hub import HubModel
+from mergekit_ace.checks import files
+from mergekit_ace.checks.prefixes import renamed_remedy
 from mergekit_ace.cli import main
 from tests.checkpoints import Suite, Update, add_adapter, edit_tensors, make_suite, read_tensors
 from tests.checkpoints.storage import Storage
@@ -194,3 +197,72 @@ def test_names_that_a_wrapper_made_longer_are_told_from_tensors_that_are_not_the
     if command != "inspect":  # which shows what the merge does with the tensors that are there
         assert f"{experts[1]} lacks model.norm.weight" in output
         assert output.count("Complete the checkpoint") == 1
+
+
+@pytest.mark.parametrize("command", ["check", "merge"])
+@pytest.mark.parametrize(
+    ("found", "why", "remedy"),
+    [
+        ("", "it holds them without 'model.'", "Put 'model.' before each"),
+        (
+            "model.language_model.",
+            "it holds them under 'model.language_model.' in place of 'model.'",
+            "'model.' + name.removeprefix('model.language_model.')",
+        ),
+    ],
+)
+def test_names_that_begin_otherwise(
+    found: str, why: str, remedy: str, command: str, suites: dict[Storage, Suite], tmp_path: Path
+) -> None:
+    suite = suites["safetensors"]
+    expert = Path(shutil.copytree(suite.experts[0].path, tmp_path / "expert"))
+    with edit_tensors(expert / "model.safetensors") as tensors:
+        for name in [name for name in tensors if name.startswith("model.")]:
+            tensors[found + name.removeprefix("model.")] = tensors.pop(name)
+    recipe = write(document(suite, models=[{"model": str(expert)}]), tmp_path / "recipe.yml")
+    output = run(command, recipe, *([tmp_path / "out"] if command == "merge" else []))
+    assert why in output
+    assert remedy in output
+    assert "Complete the checkpoint" not in output
+    assert "that no output tensor is made of" not in output
+
+
+def test_a_layer_that_is_not_there_is_none_that_was_renamed() -> None:
+    held = [f"model.layers.{layer}.{part}.weight" for layer in (0, 2) for part in ("up", "down")]
+    assert renamed_remedy(["model.layers.1.up.weight", "model.layers.1.down.weight"], held) is None
+    assert renamed_remedy(["model.layers.1.up.weight"], held) is None
+    held = ["encoder.embed.weight", "encoder.norm.weight", "decoder.norm.weight"]
+    assert renamed_remedy(["decoder.embed.weight"], held) is None
+    assert renamed_remedy(["lm_head.weight"], held) is None
+
+
+def test_a_link_to_weights_that_are_not_there(suites: dict[Storage, Suite], tmp_path: Path) -> None:
+    """As a cache of the hub leaves it whose files were moved."""
+    suite = suites["safetensors"]
+    expert = Path(shutil.copytree(suite.experts[0].path, tmp_path / "expert"))
+    (expert / "model.safetensors").unlink()
+    (expert / "model.safetensors").symlink_to("../blobs/0123")
+    output = run("check", write(document(suite, models=[{"model": str(expert)}]), tmp_path / "recipe.yml"))
+    assert f"{expert / 'model.safetensors'} is a link to ../blobs/0123, which is not there" in output
+
+
+@pytest.mark.parametrize("command", ["check", "merge"])
+def test_folders_that_lie_elsewhere(
+    command: str, suites: dict[Storage, Suite], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative to the recipe and not to where the command runs, and below a ~ that no shell has read."""
+    suite, here = suites["safetensors"], tmp_path / "here"
+    for name, model in (("base", suite.base), ("models/a", suite.experts[0]), ("b", suite.experts[1])):
+        shutil.copytree(model.path, tmp_path / name)
+    models = [{"model": "models/a"}, {"model": "~/b"}]
+    recipe = write(document(suite, base_model="./base", models=models), tmp_path / "recipe.yml")
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    told = HubModel(state="unreachable", words="no network", headers={}, files={})
+    monkeypatch.setattr(files, "hub_model", lambda source: told)
+    output = run(command, recipe, *([here / "out"] if command == "merge" else []))
+    for name in ("base", "models/a"):
+        assert f"mergekit starts from the folder in which it runs; write {tmp_path / name}." in output
+    assert f"mergekit does not read ~ as the home; write {tmp_path / 'b'}." in output
+    assert not list(here.iterdir())

@@ -120,3 +120,15 @@ def test_other_shapes_and_files_that_are_none(folder: Path) -> None:
 def test_a_dtype_that_rounds(folder: Path) -> None:
     (warning,) = found(examine(recipe(folder, "a.safetensors", dtype="bfloat16"), folder), "warning")
     assert "Set dtype: float32 and out_dtype: bfloat16" in warning
+
+
+@pytest.mark.parametrize("sign", [" ", '"', "@", "+"])
+def test_paths_that_mergekit_pytorch_does_not_read(sign: str, folder: Path) -> None:
+    other = folder / f"of{sign}mine"
+    other.mkdir()
+    save_file(network(1), other / "a.safetensors")
+    document = recipe(folder, f"of{sign}mine/a.safetensors")
+    (error,) = found(examine(document, folder), "error")
+    assert f"whose path holds a space, a double quote, @ or +; got {other / 'a.safetensors'}" in error
+    with pytest.raises((ValueError, RuntimeError, KeyError)):
+        mergekit_pytorch(document, folder / "out")

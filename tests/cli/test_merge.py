@@ -172,6 +172,10 @@ def test_the_disk_is_looked_at_before_the_merge(
         ("merge_method: [", "while parsing a flow"),
         ("- a\n- b\n", "must hold a mapping with merge_method and models; got list"),
         ("merge_method: ace\nmodels:\n  - {base}\n", "models[0] must be a mapping"),
+        (
+            "merge_method: ace\n---\nmerge_method: ace\n",
+            "it holds several documents, with --- between them. Run mergekit-multi",
+        ),
         ("merge_method: nothing\nmodels:\n  - model: {base}\n", "merge_method must be one of"),
         ("merge_method: ace\nmodels:\n  - model: {base}\n", "base"),
     ],
@@ -186,6 +190,18 @@ def test_a_recipe_that_is_none_is_one_message(
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["recipe.yml"]
+
+
+@pytest.mark.parametrize("command", ["check", "merge", "join"])
+def test_a_size_that_is_none_is_a_usage_error(command: str, recipe: Path, tmp_path: Path, invoke: Invoke) -> None:
+    """transformers writes 5GB, mergekit 5B."""
+    arguments = {"check": [recipe], "merge": [recipe, tmp_path / "out"], "join": [tmp_path / "out", tmp_path]}[command]
+    for size, words in (("5GB", "got '5GB'; write 5B"), ("2G", "got '2G'; write 2B"), ("20KB", "got '20KB'"), ("", "")):
+        result = invoke(command, *arguments, "--out-shard-size", size)
+        assert result.exit_code == 2, result.output
+        assert "must be a number of bytes, such as 500M, or 5B for 5 GB" in result.stderr
+        assert words in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_verbose_shows_the_traceback(tmp_path: Path, invoke: Invoke) -> None:

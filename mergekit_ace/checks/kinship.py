@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from mergekit.common import ModelReference
 
-from mergekit_ace.matrix.storage import first_look, storage_floors, storage_formats
+from mergekit_ace.matrix.storage import first_look, roundings_of_the_base, storage_floors, storage_formats
 from mergekit_ace.recipe.failures import READING
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
@@ -40,12 +41,14 @@ def check_kinship(plan: Plan) -> Iterator[Finding]:
                 remedy="Check its path: it may be the base itself.",
             )
             continue
-        if (storage := _rounded_only(plan, expert, samples)) is not None:
+        if (rounded := _rounded_only(plan, expert, samples)) is not None:
+            storage, which = rounded
             yield Finding(
                 level="error",
-                what=f"{expert} is the base, once stored as {storage}: its difference from the base is the rounding of "
-                "that format in every tensor, so it adds nothing",
-                remedy="Check its path: it may be a converted copy of the base.",
+                what=(f"{expert} is the base" if which == "expert" else f"the base is {expert}")
+                + f", once stored as {storage}: their difference is the rounding of that format in every tensor, so "
+                "the expert adds nothing",
+                remedy="Check its path: it may be a converted copy of the base, or what the base was converted from.",
             )
             continue
         cosine = sum(cosines) / len(cosines)
@@ -86,8 +89,13 @@ def _cosine(tensor: PlannedTensor, expert: ModelReference) -> float | None:
     return float(torch.nn.functional.cosine_similarity(base, other, dim=0))
 
 
-def _rounded_only(plan: Plan, expert: ModelReference, samples: Sequence[PlannedTensor]) -> str | None:
-    """The 16-bit format whose rounding is all that the expert differs by; None where it learned something."""
+def _rounded_only(
+    plan: Plan, expert: ModelReference, samples: Sequence[PlannedTensor]
+) -> tuple[str, Literal["base", "expert"]] | None:
+    """The 16-bit format whose rounding is all that the expert differs by, and which of them was rounded to it.
+
+    None where it learned something.
+    """
     formats = {_rounding(tensor, expert) for tensor in samples}
     if None in formats or not formats:
         return None
@@ -95,10 +103,11 @@ def _rounded_only(plan: Plan, expert: ModelReference, samples: Sequence[PlannedT
     for tensor in plan.tensors:
         if tensor.reads(expert) and not _equal(tensor, expert) and _rounding(tensor, expert) is None:
             return None
-    return str(next(iter(formats))).removeprefix("torch.")
+    storage, which = next(found for found in formats if found is not None)
+    return str(storage).removeprefix("torch."), which
 
 
-def _rounding(tensor: PlannedTensor, expert: ModelReference) -> torch.dtype | None:
+def _rounding(tensor: PlannedTensor, expert: ModelReference) -> tuple[torch.dtype, Literal["base", "expert"]] | None:
     pair = _pair(tensor, expert)
     if pair is None or not all(side.is_floating_point() for side in pair):
         return None
@@ -106,7 +115,10 @@ def _rounding(tensor: PlannedTensor, expert: ModelReference) -> torch.dtype | No
     ours, theirs = storage_formats([base, other], first_look([base, other]).tolist())
     ((floor, storage),) = storage_floors(base, ours, [theirs])
     energy = float((other.double() - base.double()).square().sum())
-    return storage if 0 < energy <= floor else None
+    if storage is not None and 0 < energy <= floor:
+        return storage, "expert"
+    (of_the_base,) = roundings_of_the_base(base, ours, [other], [theirs], [energy])
+    return None if of_the_base is None else (of_the_base, "base")
 
 
 def _equal(tensor: PlannedTensor, expert: ModelReference) -> bool:

@@ -20,7 +20,5 @@ class ShardSize(ShardSizeParamType):
         if size < 1:
             number = str(value).upper().removesuffix("B").removesuffix("G")
             meant = f"; write {number}B" if number.isdigit() and str(value).upper().endswith(("G", "GB")) else ""
-            self.fail(
-                f"must be a number of bytes, such as 500M or 5B, which are 5 GB; got {value!r}{meant}", param, ctx
-            )
+            self.fail(f"must be a number of bytes, such as 500M, or 5B for 5 GB; got {value!r}{meant}", param, ctx)
         return size

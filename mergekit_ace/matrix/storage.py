@@ -15,6 +15,9 @@ COARSE_FORMATS = (torch.bfloat16, torch.float16)
 _FIRST_LOOK = 4096
 # An expert that was rounded twice, to float16 and then to bfloat16, differs by 1.6 percent more energy than one step.
 _TWICE_ROUNDED = 1.1
+# Energy of a difference, in that of rounding, between which it may be rounding: uniform errors of a few hundred values
+# are within a tenth. A small update has much less, as a base that was trained further from its stored values leaves it.
+_ROUNDED = (0.8, 1.25)
 # How many values the statistics of rounding are taken from, and the share of them (and the least number) with the
 # finest steps, which give the size of the update.
 _SAMPLE = 1 << 16
@@ -87,6 +90,52 @@ def storage_floors(
         known = [(energies[storage], storage) for storage in formats if math.isfinite(energies.get(storage, math.inf))]
         floors.append(max(known, key=lambda pair: pair[0], default=(0.0, None)))
     return floors
+
+
+def roundings_of_the_base(
+    base: Tensor,
+    base_formats: Formats,
+    experts: Sequence[Tensor],
+    formats: Sequence[Formats],
+    energies: Sequence[float],
+) -> list[torch.dtype | None]:
+    """The format whose rounding made the base out of each expert; None where that is not all that they differ by.
+
+    The base was stored in a coarser format than the model that it was rounded from, and an expert is that model,
+    unchanged. Then every entry of `expert - base` is within half a step of the format, and half a step of the expert's
+    own where that was rounded too, and their energy is that of uniform errors, the sum of `ulp^2 / 12`, within
+    `_ROUNDED`. An update does not look so: its entries are not larger where the weights are, so that it leaves these
+    bounds or has much less energy.
+
+    Args:
+        base: any shape.
+        base_formats: of the base.
+        experts: of the base's shape, dtype and device.
+        formats: of each expert.
+        energies: `||expert - base||_F^2` of each.
+    """
+    finer = [bool(base_formats) and base_formats[0] not in known for known in formats]
+    if base.dtype in COARSE_FORMATS or not any(finer):
+        return [None] * len(experts)
+    storage = base_formats[0]
+    expected = float(rounding_energy(base, storage))
+    likely = [
+        fine and _ROUNDED[0] * expected <= energy <= _ROUNDED[1] * expected
+        for fine, energy in zip(finer, energies, strict=True)
+    ]
+    return [
+        storage if seems and _is_rounding(base, expert, (storage, *known[:1])) else None
+        for seems, expert, known in zip(likely, experts, formats, strict=True)
+    ]
+
+
+def _is_rounding(base: Tensor, expert: Tensor, steps_of: Formats) -> bool:
+    """Whether two tensors are nowhere further apart than half a step of all of these formats together."""
+    within = []
+    for ours, theirs in zip(blocks(base), blocks(expert), strict=True):
+        steps = torch.stack([_steps(ours, storage).double() for storage in steps_of]).sum(dim=0)
+        within.append(((theirs.double() - ours.double()).abs() <= steps / 2).all())
+    return bool(torch.stack(within).all())
 
 
 def expected_rounding_energies(

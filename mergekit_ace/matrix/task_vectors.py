@@ -21,6 +21,7 @@ from mergekit_ace.matrix.storage import (
     expected_rounding_energies,
     first_look,
     rounding_energy,
+    roundings_of_the_base,
     storage_floors,
     storage_formats,
 )
@@ -48,7 +49,7 @@ class TaskVectors:
     An expert carries information when `||D_t||_F^2` exceeds the energy of rounding: `(eps ||base||_F)^2` with `eps` of
     the working dtype, and `||storage(base) - base||_F^2` where the expert was rounded to a coarser format than the base
     (a bfloat16 copy of a float32 base). Less is what storing the same weights in another format leaves, and trace
-    normalization would give it the weight of an update.
+    normalization would give it the weight of an update. Nor does the model carry any that the base was rounded from.
 
     Args:
         base: `[m, n]`.
@@ -292,9 +293,15 @@ def _without_information(
     working = torch.finfo(dtype).eps ** 2 * found.base_energy
     of_base, *formats = storage_formats([base, *(expert.tensor for expert in experts)], found.first_look)
     reasons: list[str | None] = []
-    for update, (floor, storage) in zip(found.statistics, storage_floors(base, of_base, formats), strict=True):
+    floors = storage_floors(base, of_base, formats)
+    of_the_base = roundings_of_the_base(
+        base, of_base, [expert.tensor for expert in experts], formats, [update.energy for update in found.statistics]
+    )
+    for update, (floor, storage), rounded in zip(found.statistics, floors, of_the_base, strict=True):
         if update.energy <= working:
             reasons.append("equal to the base here")
+        elif rounded is not None:
+            reasons.append(f"the base differs from it here by rounding to {str(rounded).removeprefix('torch.')} only")
         elif update.energy <= floor:
             reasons.append(f"differs from the base here by rounding to {str(storage).removeprefix('torch.')} only")
         else:

@@ -438,6 +438,15 @@ def test_an_expert_that_is_the_base_stored_more_coarsely(
     assert found(examine(recipe, tmp_path), "error") == []
 
 
+def test_an_expert_that_the_base_was_rounded_from(llama: Suite, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(llama.base.path, tmp_path / "base16"))
+    with edit_tensors(base / "model.safetensors") as tensors:
+        tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
+    (error,) = found(examine(with_expert(llama, llama.base.path, base_model=str(base)), tmp_path), "error")
+    assert f"the base is {llama.base.path}, once stored as bfloat16" in error
+    assert found(examine(with_expert(llama, copy(llama, tmp_path), base_model=str(base)), tmp_path), "error") == []
+
+
 def test_fine_tunes_stored_more_coarsely_are_experts(llama: Suite, tmp_path: Path) -> None:
     expert = copy(llama, tmp_path)
     with edit_tensors(expert / "model.safetensors") as tensors:

@@ -63,6 +63,41 @@ def test_a_bfloat16_copy_of_a_float16_base_has_no_part_in_the_merge(method: str)
     assert torch.equal(merged, expert.float())
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16])
+def test_what_the_base_was_rounded_from_has_no_part_in_the_merge(method: str, storage: torch.dtype) -> None:
+    """A base in 16 bits, and an expert that is the model before, in float32 or rounded to float16."""
+    for shape in SHAPES:
+        original = weights(shape, seed=1)
+        base, expert = original.to(storage).float(), fine_tuned(original)
+        for copy in [original] + ([original.half().float()] if storage == torch.bfloat16 else []):
+            merged = merge_tensors([base, expert, copy], method, base_index=0, name="model.layers.0.mlp.up_proj.weight")
+            assert torch.equal(merged, expert)
+
+
+@pytest.mark.parametrize("size", [3e-5, 3e-4, 1e-3, 3e-3, 1e-2])
+def test_a_small_update_of_a_base_in_16_bits_is_none_of_its_rounding(size: float) -> None:
+    """Trained in float32 from the stored weights: below 3e-4 all entries of the update are below half a step."""
+    base = weights((96, 64), seed=1).bfloat16().float()
+    for name, update in (
+        ("dense", size * weights((96, 64), seed=5)),
+        ("relative", size * base * torch.randn((96, 64), generator=torch.Generator().manual_seed(5))),
+        ("one value", torch.full((96, 64), size * 0.05)),
+    ):
+        assert len(TaskVectors(base, [Expert(name=name, tensor=base + update)])) == 1
+
+
+def test_the_base_is_named_where_it_was_rounded() -> None:
+    original = weights((96, 64), seed=1)
+    base = original.bfloat16().float()
+    left_out = TaskVectors(base, [Expert(name="before", tensor=original)]).left_out
+    assert left_out == {"before": "the base differs from it here by rounding to bfloat16 only"}
+    # One entry beyond half a step was trained.
+    trained = original.clone()
+    trained[3, 4] *= 1.01
+    assert TaskVectors(base, [Expert(name="trained", tensor=trained)]).left_out == {}
+
+
 @pytest.mark.parametrize(("size", "kept"), [(0.0, False), (0.002, True), (0.01, True)])
 def test_an_update_above_the_rounding_of_its_format_is_kept(size: float, kept: bool) -> None:
     base = weights((96, 64), seed=1)

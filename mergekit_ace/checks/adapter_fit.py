@@ -21,6 +21,7 @@ from peft.utils.save_and_load import set_peft_model_state_dict
 from safetensors import safe_open
 
 from mergekit_ace.checkpoints.headers import TensorHeader, read_file
+from mergekit_ace.factors.formats.peft_settings import lost_start
 from mergekit_ace.recipe.failures import READING
 from mergekit_ace.recipe.findings import Finding
 
@@ -63,6 +64,16 @@ def check_fit(model: ModelReference, options: MergeOptions) -> Iterator[Finding]
     if not headers:
         yield Finding(
             level="error", what=f"the adapter {folder} of {model} holds no tensor", remedy="Train it, or save it again."
+        )
+        return
+    if (start := lost_start(config.to_dict())) is not None:
+        yield Finding(
+            level="error",
+            what=f"the adapter {folder} of {model} was started by init_lora_weights: {start}, which changed the base's "
+            "weights too; peft does not find that change again when it loads the adapter, and another update is merged",
+            remedy="Save it again with path_initial_model_for_weight_conversion, which makes it a plain LoRA."
+            if start != "loftq"
+            else "Merge it into the quantized model that it was trained on (peft's merge_and_unload), and list that.",
         )
         return
     halves = _halves(headers)

@@ -11,6 +11,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_ace.checkpoints.sources import read_json
 from mergekit_ace.checks.adapter_fit import check_fit
+from mergekit_ace.factors.formats.peft_settings import unknown_settings
 from mergekit_ace.mergekit_internals import in_recipe_order
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.reading import Recipe
@@ -26,6 +27,7 @@ def check_adapters(recipe: Recipe, options: MergeOptions) -> Iterator[Finding]:
         yield from _check_settings(adapted, options)
     for model in adapted:
         yield from _check_base(model)
+        yield from _check_settings_of(model)
         yield from check_fit(model, options)
 
 
@@ -45,6 +47,17 @@ def _check_settings(adapted: Sequence[ModelReference], options: MergeOptions) ->
             what=f"the updates are rounded to {options.lora_merge_dtype or 'the dtype of the base'} when the adapters "
             f"are merged into copies of it: {names}",
             remedy="--lora-merge-dtype float32 keeps them, and keeps them of low rank; a copy takes 4 bytes a weight.",
+        )
+
+
+def _check_settings_of(model: ModelReference) -> Iterator[Finding]:
+    assert model.lora is not None
+    if unknown := unknown_settings(read_json(model.lora, "adapter_config.json") or {}):
+        yield Finding(
+            level="warning",
+            what=f"the configuration of the adapter {model.lora} has settings that the installed peft does not know: "
+            f"{', '.join(unknown)}; they have no part in the merge",
+            remedy="Install the version of peft that wrote it, or make sure that they do not change the update.",
         )
 
 

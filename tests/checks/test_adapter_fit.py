@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from mergekit_ace.checks.adapter_fit import check_fit
 from mergekit_ace.cli import main
 from mergekit_ace.recipe.findings import Finding
-from tests.checkpoints import Suite, Update, add_adapter, edit_tensors, make_suite
+from tests.checkpoints import Suite, Update, add_adapter, edit_tensors, make_suite, read_tensors
+from tests.commands import mergekit_yaml
 from tests.report.recipes import document, write
 
 Tensors = dict[str, Tensor]
@@ -214,3 +215,40 @@ def test_adapters_of_every_family_pass(family: str, target: str, tmp_path: Path)
     base = make_suite(family, tmp_path, experts=1).base.path
     adapter = add_adapter(base, tmp_path / "a", rank=2, targets=[target])
     assert findings(base, adapter) == []
+
+
+def started(llama: Suite, folder: Path, start: str) -> tuple[Path, Tensors]:
+    """An adapter with a start, as saved, and the model that it was trained in."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=start)  # type: ignore[arg-type]
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(llama.base.path, dtype=torch.float32), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * 0.01)
+    model.save_pretrained(folder)
+    return folder, {name: tensor.clone() for name, tensor in model.merge_and_unload().state_dict().items()}
+
+
+@pytest.mark.parametrize("command", ["check", "merge"])
+def test_a_start_that_is_drawn_anew_is_an_error(command: str, llama: Suite, tmp_path: Path) -> None:
+    """The update that was merged had twice the trained one's norm, and was another one every time."""
+    folder, _ = started(llama, tmp_path / "a", "pissa_niter_4")
+    recipe = write(document(llama, models=[{"model": f"{llama.base.path}+{folder}"}]), tmp_path / "recipe.yml")
+    out = [str(tmp_path / "out")] if command == "merge" else []
+    result = CliRunner().invoke(main, [command, str(recipe), *out, "--lora-merge-cache", str(tmp_path / "cache")])
+    assert result.exit_code == 1
+    assert "was started by init_lora_weights: pissa_niter_4" in result.output.replace("\n", " ")
+    assert "path_initial_model_for_weight_conversion" in result.output
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_is_found_again_is_merged_as_trained(start: str, llama: Suite, tmp_path: Path) -> None:
+    folder, trained = started(llama, tmp_path / "a", start)
+    assert findings(llama.base.path, folder) == []
+    recipe = document(llama, models=[{"model": f"{llama.base.path}+{folder}"}], dtype="float32")
+    flags = ("--lora-merge-cache", str(tmp_path / "cache"), "--lora-merge-dtype", "float32", "--quiet")
+    merged = read_tensors(mergekit_yaml(recipe, tmp_path / "out", *flags))
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, trained[name], atol=1e-6, rtol=1e-6)

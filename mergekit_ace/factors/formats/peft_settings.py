@@ -27,6 +27,8 @@ _VARIANTS = {
     "monteclora_config": "MonteCLoRA, which samples its weights",
 }
 _OF_ANOTHER_BASE = ("pissa", "olora", "corda", "lora_ga")
+# Starts that peft does not find again when it loads the adapter: drawn anew, or made of data or of quantization.
+_NOT_FOUND_AGAIN = ("pissa_niter", "corda", "lora_ga", "loftq")
 # Notes of training programs in the same file.
 _NOTES = ("unsloth_fixed",)
 
@@ -64,6 +66,12 @@ def require_convertible(settings: Mapping[str, Any], *, name: str) -> None:
             "base's weights first. Merge it into the quantized model that it was trained on (peft's merge_and_unload), "
             "and merge full models"
         )
+
+
+def lost_start(settings: Mapping[str, Any]) -> str | None:
+    """The `init_lora_weights` that changed the base's weights in a way that loading the adapter does not find again."""
+    start = str(settings.get("init_lora_weights", True)).lower()
+    return start if start.startswith(_NOT_FOUND_AGAIN) else None
 
 
 def configured(settings: Mapping[str, Any], option: str, module: str, *, name: str) -> float:

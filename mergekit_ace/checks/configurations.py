@@ -7,6 +7,7 @@ from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from mergekit_ace.checkpoints.sources import read_json
 from mergekit_ace.mergekit_internals import in_recipe_order
@@ -21,8 +22,13 @@ _SHAPES = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
 )
-_MEANING = ("rope_theta", "rope_scaling", "rope_parameters", "hidden_act", "tie_word_embeddings")
+_MEANING = ("hidden_act", "tie_word_embeddings")
+_OLDER = ("rope_theta", "rope_scaling")
+_Entries = Mapping[str, Any]
 
 
 def check_configurations(recipe: Recipe, options: MergeOptions) -> Iterator[Finding]:
@@ -52,17 +58,37 @@ def check_configurations(recipe: Recipe, options: MergeOptions) -> Iterator[Find
                     what=f"{expert} must have the base's {key} {ours.get(key)}; got {theirs.get(key)}",
                     remedy="Merge fine-tunes of one base model.",
                 )
-        for key in _MEANING:
-            if ours.get(key) != theirs.get(key):
+        meant, others = _meaning(ours), _meaning(theirs)
+        for key in dict.fromkeys([*meant, *others]):
+            if meant.get(key) != others.get(key):
                 yield Finding(
                     level="warning",
-                    what=f"{expert} has {key} {theirs.get(key)} where the base has {ours.get(key)}: the merged model "
+                    what=f"{expert} has {key} {others.get(key)} where the base has {meant.get(key)}: the merged model "
                     "keeps the base's",
                     remedy="Make sure that the expert is a fine-tune of this base.",
                 )
 
 
-def _by_chance(expert: ModelReference, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Finding:
+def _meaning(configuration: _Entries) -> _Entries:
+    """Rotary positions and the entries of `_MEANING`, as transformers understands them.
+
+    Versions of transformers write the same settings differently (`rope_theta` and `rope_scaling` before 5,
+    `rope_parameters` since), and leave out what is their default.
+    """
+    try:
+        understood = CONFIG_MAPPING[configuration["model_type"]].from_dict(dict(configuration)).to_dict()
+    except Exception:  # each kind of configuration has checks of its own; a model of unknown type is none to us
+        understood = dict(configuration)
+    rope = understood.get("rope_parameters")
+    found: dict[str, Any] = {f"rope_parameters.{key}": value for key, value in (rope or {}).items() if key != "type"}
+    for key in _MEANING if rope else (*_OLDER, *_MEANING):
+        value = understood.get(key, configuration.get(key))
+        if value is not None:
+            found[key] = value
+    return found
+
+
+def _by_chance(expert: ModelReference, ours: _Entries, theirs: _Entries) -> Finding:
     return Finding(
         level="warning",
         what=f"--allow-crimes: {expert} is a {_named(theirs)} and the base a {_named(ours)}: mergekit-yaml takes the "
@@ -72,11 +98,11 @@ def _by_chance(expert: ModelReference, ours: Mapping[str, Any], theirs: Mapping[
     )
 
 
-def _named(configuration: Mapping[str, Any]) -> str:
+def _named(configuration: _Entries) -> str:
     return ", ".join(configuration.get("architectures") or ["without a name"])
 
 
-def _configuration(model: ModelReference) -> Mapping[str, Any] | None:
+def _configuration(model: ModelReference) -> _Entries | None:
     configuration = read_json(model.model, "config.json")
     if configuration is None or model.override_architecture is None:
         return configuration

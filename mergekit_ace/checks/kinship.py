@@ -33,7 +33,7 @@ def check_kinship(plan: Plan) -> Iterator[Finding]:
         if not cosines:
             continue
         if all(_equal(tensor, expert) for tensor in samples) and all(
-            _equal(tensor, expert) for tensor in plan.tensors if tensor.reads(expert)
+            _equal(tensor, expert) for tensor in plan.tensors if expert in tensor.experts
         ):
             yield Finding(
                 level="error",
@@ -52,7 +52,14 @@ def check_kinship(plan: Plan) -> Iterator[Finding]:
             )
             continue
         cosine = sum(cosines) / len(cosines)
-        if cosine < _DISTANT:
+        if cosine < _DISTANT and any(_is_another_layer(tensor, expert) for tensor in samples):
+            yield Finding(
+                level="warning",
+                what=f"{expert} has other layers than the base in slices of the recipe, and they are far from each "
+                f"other: the mean cosine of their matrices is {cosine:.2f}",
+                remedy="An update is the difference from the same layer of the base: give both the same layer_range.",
+            )
+        elif cosine < _DISTANT:
             yield Finding(
                 level="error" if cosine < _UNRELATED else "warning",
                 what=f"{expert} is {'no fine-tune of the base' if cosine < _UNRELATED else 'far from the base'}: the "
@@ -61,10 +68,14 @@ def check_kinship(plan: Plan) -> Iterator[Finding]:
             )
 
 
+def _is_another_layer(tensor: PlannedTensor, expert: ModelReference) -> bool:
+    return tensor.base is not None and tensor.input_name(expert) != tensor.input_name(tensor.base)
+
+
 def _samples(plan: Plan, expert: ModelReference) -> Sequence[PlannedTensor]:
     matrices = []
     for tensor in plan.tensors:
-        if tensor.base is None or not tensor.reads(expert) or tensor.vocabulary_axis is not None:
+        if tensor.base is None or expert not in tensor.experts or tensor.vocabulary_axis is not None:
             continue
         ours, theirs = tensor.header(tensor.base), tensor.header(expert)
         if ours is not None and theirs is not None and len(ours.shape) == 2 and ours.shape == theirs.shape:
@@ -101,7 +112,7 @@ def _rounded_only(
         return None
     # Vectors and tables may have been trained alone: all that differs is compared; equal entries hold no information.
     for tensor in plan.tensors:
-        if tensor.reads(expert) and not _equal(tensor, expert) and _rounding(tensor, expert) is None:
+        if expert in tensor.experts and not _equal(tensor, expert) and _rounding(tensor, expert) is None:
             return None
     storage, which = next(found for found in formats if found is not None)
     return str(storage).removeprefix("torch."), which

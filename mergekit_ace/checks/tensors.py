@@ -29,9 +29,9 @@ def check_tensors(plan: Plan) -> Iterator[Finding]:
     vocabulary: dict[ModelReference, list[str]] = defaultdict(list)
     aligned = plan.recipe.config.tokenizer is not None or plan.recipe.config.tokenizer_source is not None
     for tensor in plan.tensors:
-        base = tensor.header(tensor.base) if tensor.base and tensor.reads(tensor.base) else None
+        base = tensor.loaded(tensor.base) if tensor.base and tensor.reads(tensor.base) else None
         for model in (*([tensor.base] if tensor.base and tensor.reads(tensor.base) else []), *tensor.experts):
-            header = tensor.header(model)
+            header = tensor.loaded(model)
             if header is None or base is None or header.shape == base.shape:
                 continue
             if tensor.vocabulary_axis is None:
@@ -54,10 +54,25 @@ def check_tensors(plan: Plan) -> Iterator[Finding]:
 
 def check_missing(plan: Plan) -> Iterator[Finding]:
     """Tensors of the architecture that a model does not have, or has under a longer name."""
-    for model, names in missing_tensors(plan):
-        why, remedy = renamed_remedy(names, plan.headers(model)) or ("", "Complete the checkpoint.")
-        what = f"{model} lacks {_some(names)}" + (f": {why}" if why else "")
-        yield Finding(level="error", what=what, remedy=remedy)
+    missing = dict(missing_tensors(plan))
+    renamed = {model: renamed_remedy(names, plan.headers(model)) for model, names in missing.items()}
+    nobody_has = _in_all(list(missing.values())) if len(missing) == len(plan.models) > 1 else []
+    if nobody_has and not any(renamed.values()):
+        yield Finding(
+            level="error",
+            what=f"mergekit's definition of the architecture asks for {_some(nobody_has)}, which no model has",
+            remedy="It does not fit these models: merge their files with mergekit-pytorch, which takes every tensor.",
+        )
+    for model, names in missing.items():
+        why, remedy = renamed[model] or ("", "Complete the checkpoint.")
+        own = [name for name in names if renamed[model] or name not in set(nobody_has)]
+        if own:
+            what = f"{model} lacks {_some(own)}" + (f": {why}" if why else "")
+            yield Finding(level="error", what=what, remedy=remedy)
+
+
+def _in_all(lists: Sequence[Sequence[str]]) -> Sequence[str]:
+    return [name for name in lists[0] if all(name in set(names) for names in lists[1:])]
 
 
 def check_names(plan: Plan) -> Iterator[Finding]:

@@ -40,7 +40,7 @@ def output_header(save: SaveTensor, plan: Plan) -> TensorHeader | None:
     inputs = task.gather_tensors
     gather = inputs if isinstance(inputs, GatherTensors) else cast(GatherTensors, _gather(inputs))
     loads = [cast(LoadTensor, load) for load in gather.arguments().values()]
-    headers = {load.model: header for load in loads if (header := _as_loaded(load, plan)) is not None}
+    headers = {load.model: header for load in loads if (header := as_loaded(load, plan)) is not None}
     present = [model for model in task.model_order if model in headers]
     if not present or _is_skipped(task, present, plan.method):
         return None
@@ -75,7 +75,8 @@ def _padded(tokenizer: TokenizerInfo, multiple: int | None) -> int:
     return rows if not multiple else -(-rows // multiple) * multiple
 
 
-def _as_loaded(load: LoadTensor, plan: Plan) -> TensorHeader | None:
+def as_loaded(load: LoadTensor, plan: Plan) -> TensorHeader | None:
+    """Shape and dtype of what mergekit reads of one model, converted where it is stored in another layout."""
     headers = plan.headers(load.model)
     header = find_header(headers, load.tensor, load.aliases, load.tied_names)
     if header is None:

@@ -48,7 +48,7 @@ from mergekit_ace.mergekit_internals import (
 from mergekit_ace.methods.output_range import require_in_range
 from mergekit_ace.recipe.adapter_cache import merged_adapter
 from mergekit_ace.recipe.failures import RecipeError, message_of
-from mergekit_ace.recipe.output_shape import output_header
+from mergekit_ace.recipe.output_shape import as_loaded, output_header
 from mergekit_ace.recipe.reading import Recipe
 from mergekit_ace.recipe.tokenizer import numbered_tokenizer
 
@@ -123,6 +123,14 @@ class PlannedTensor:
         """
         source = self._sources[model]
         return find_header(self._plan.headers(model), source.tensor, source.aliases, source.tied_names)
+
+    def loaded(self, model: ModelReference) -> TensorHeader | None:
+        """As `header`, also of a tensor that mergekit makes from others when it reads the checkpoint.
+
+        Raises:
+            OSError, RuntimeError: as `read_headers`.
+        """
+        return self.header(model) or (as_loaded(self._sources[model], self._plan) if self.is_converted(model) else None)
 
     def names(self, model: ModelReference) -> frozenset[str]:
         """The names under which mergekit looks for the tensor in a model."""

@@ -161,6 +161,76 @@ def test_configurations_that_differ(llama: Suite, tmp_path: Path) -> None:
     assert "the base's architecture LlamaForCausalLM; got MistralForCausalLM" in error
 
 
+def test_configurations_that_only_look_different(llama: Suite, tmp_path: Path) -> None:
+    """As versions of transformers write them before 5 and since, and with defaults left out."""
+    expert = copy(llama, tmp_path)
+    for spelling in (
+        {"rope_theta": 10000.0, "rope_scaling": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        {},
+    ):
+        file = expert / "config.json"
+        kept = {key: value for key, value in json.loads(file.read_text()).items() if not key.startswith("rope")}
+        file.write_text(json.dumps(kept | spelling))
+        assert examine(with_expert(llama, expert), tmp_path).findings == ()
+    edit_config(expert, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})
+    warnings = "".join(found(examine(with_expert(llama, expert), tmp_path), "warning"))
+    assert "rope_parameters.rope_theta 500000.0 where the base has 10000.0" in warnings
+    assert "rope_parameters.rope_type linear where the base has default" in warnings
+    assert "rope_parameters.factor 2.0 where the base has None" in warnings
+
+
+@pytest.mark.parametrize("command", ["check", "merge"])
+def test_fewer_experts_in_a_mixture(command: str, tmp_path: Path) -> None:
+    """mergekit stacks them when it reads the model, so that no header has the shape."""
+    suite = make_suite("mixtral", tmp_path / "models", experts=2, update=Update.EVEN, scale=SMALL)
+    expert = suite.experts[0].path
+    with edit_tensors(expert / "model.safetensors") as tensors:
+        for name in [name for name in tensors if ".experts.3." in name]:
+            del tensors[name]
+    file = write(document(suite), tmp_path / "recipe.yml")
+    result = CliRunner().invoke(main, [command, str(file), *([str(tmp_path / "out")] if command == "merge" else [])])
+    assert result.exit_code == 1
+    assert f"{expert} has shapes other than the base's: " in result.output
+    assert "experts.gate_up_proj (3, 96, 32) for (4, 96, 32)" in result.output
+    assert not (tmp_path / "out").exists()
+    edit_config(expert, num_local_experts=3)
+    errors = "".join(found(examine(document(suite), tmp_path), "error"))
+    assert f"{expert} must have the base's num_local_experts 4; got 3" in errors
+
+
+def test_a_definition_that_fits_no_model(tmp_path: Path) -> None:
+    """mergekit's of Whisper asks for `model.decoderembed_tokens.weight`."""
+    suite = make_suite("whisper", tmp_path / "models", experts=2, update=Update.EVEN, scale=SMALL)
+    (error,) = found(examine(document(suite), tmp_path), "error")
+    assert "asks for model.decoderembed_tokens.weight" in error
+    assert "which no model has | It does not fit these models: merge their files with mergekit-pytorch" in error
+
+
+def slices(suite: Suite, *sources: tuple[Path, int, int]) -> dict[str, Any]:
+    parts = [{"model": str(model), "layer_range": [first, end]} for model, first, end in sources]
+    recipe = document(suite, slices=[{"sources": parts}])
+    del recipe["models"]
+    return recipe
+
+
+def test_layers_of_slices_that_are_not_the_base_s(llama: Suite, tmp_path: Path) -> None:
+    base, (one, two) = llama.base.path, [expert.path for expert in llama.experts]
+    recipe = slices(llama, (base, 0, 2), (one, 1, 3), (two, 0, 2))
+    examination = examine(recipe, tmp_path)
+    assert found(examination, "error") == []
+    (warning,) = found(examination, "warning")
+    assert f"{one} has other layers than the base in slices" in warning
+    assert "give both the same layer_range" in warning
+
+
+def test_an_expert_that_is_the_base_of_a_slice(llama: Suite, tmp_path: Path) -> None:
+    base, (one, two) = llama.base.path, [expert.path for expert in llama.experts]
+    recipe = slices(llama, (base, 0, 3), (one, 0, 3), (two, 0, 3))
+    recipe["slices"][0]["base_model"] = str(one)
+    assert found(examine(recipe, tmp_path), "error") == []
+
+
 def test_tensors_that_are_missing_or_of_another_shape(llama: Suite, tmp_path: Path) -> None:
     expert = copy(llama, tmp_path)
     with edit_tensors(expert / "model.safetensors") as tensors:

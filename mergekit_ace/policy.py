@@ -54,9 +54,10 @@ _HEAD = re.compile(
 _STACKED_EXPERTS = re.compile(r"(?:^|[._])experts?(?:[._]|$)")
 _STATE_MATRIX = re.compile(r"(?:^|\.)A_log$")
 _TEXT_PROJECTION = re.compile(r"(?:^|\.)text_projection(?:\.weight)?$")
-# Constants that some checkpoints carry as floating-point tensors; -1e9 in float16 is an infinity that means no harm.
+# Constants that some checkpoints carry as floating-point tensors. The infinities of masks mean no harm, be it that
+# they are stored (`attn_mask` of CLIP's kind) or that -1e9 became one in float16.
 _BUFFER = re.compile(
-    r"(?:^|[._])(?:masked_bias|inv_freq|(?:cos|sin)_cached|freqs_cis|position_ids|position_angles|eye)$"
+    r"(?:^|[._])(?:mask|masked_bias|inv_freq|(?:cos|sin)_cached|freqs_cis|position_ids|position_angles|eye)$"
     r"|(?:^|\.)(?:weight|bias)_integer$"
 )
 # Vectors of one kind side by side: biases of heads or experts, learned queries, offsets looked up by a distance.

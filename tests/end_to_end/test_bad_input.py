@@ -212,6 +212,20 @@ def test_weights_that_a_dtype_cannot_hold(suite: Suite, tmp_path: Path) -> None:
     fails(recipe, tmp_path / "out", "it may exceed the range of dtype: float16; set dtype: float32", ValueError)
 
 
+@pytest.mark.parametrize("out_dtype", [None, "float16"])
+def test_a_mask_of_infinities_is_no_damage(out_dtype: str | None, tmp_path: Path) -> None:
+    """As in checkpoints of CLIP's kind, which store it beside the weights."""
+    mask, generator = torch.full((4, 4), -torch.inf).triu(1), torch.Generator().manual_seed(0)
+    files = [tmp_path / f"{index}.safetensors" for index in range(3)]
+    for file in files:
+        save_file({"text.attn_mask": mask, "text.proj.weight": torch.randn(4, 4, generator=generator)}, file)
+    recipe = {"merge_method": "ace", "base_model": str(files[0]), "out_dtype": out_dtype}
+    mergekit_pytorch(recipe | {"models": [{"model": str(file)} for file in files[1:]]}, tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(merged["text.attn_mask"].float(), mask)
+    assert merged["text.proj.weight"].isfinite().all()
+
+
 def test_mergekit_pytorch_says_the_same(suite: Suite, tmp_path: Path) -> None:
     name = TENSORS[0]
     folder = damaged(suite.experts[0], tmp_path / "damaged", name, float("nan"))

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_ace.adapters.effect import require_effect
 from mergekit_ace.adapters.from_recipe import request_of
-from mergekit_ace.adapters.merge import AdapterMerge, WeightReport, require_weight
+from mergekit_ace.adapters.merge import AdapterMerge, WeightReport
 from mergekit_ace.adapters.moments import check_moments
+from mergekit_ace.adapters.others import require_shapes
 from mergekit_ace.adapters.request import Request, model_name
 from mergekit_ace.adapters.truncation import Rank
+from mergekit_ace.checks.adapter_fit import check_fit
 from mergekit_ace.checks.duplicates import check_duplicates
 from mergekit_ace.checks.spelling import check_keys, check_parameters
 from mergekit_ace.checks.unmeasured import suggest_moments
 from mergekit_ace.factors.formats.peft_settings import unknown_settings
 from mergekit_ace.factors.tensors import AdapterError
+from mergekit_ace.mergekit_internals import in_recipe_order
 from mergekit_ace.recipe.failures import READING, RecipeError, message_of
 from mergekit_ace.recipe.findings import Finding, by_severity
 from mergekit_ace.recipe.reading import read_recipe
@@ -80,7 +84,7 @@ def examine_adapters(file: Path, options: MergeOptions | None = None, *, rank: R
     Args:
         file: the recipe.
         options: of `mergekit-yaml`; its defaults when None.
-        rank: to merge to, in memory; None: only headers and configurations are read.
+        rank: to merge to, in memory; None: the adapters are read, and nothing is merged.
     """
     try:
         recipe = read_recipe(file)
@@ -96,6 +100,7 @@ def examine_adapters(file: Path, options: MergeOptions | None = None, *, rank: R
         findings += _of_adapters(request)
         findings += suggest_moments(file, recipe.config, request.method, map(request.parameters, request.places))
         require_effect(request.adapters)
+        findings += _of_base(recipe.config, options or MergeOptions())
         outlook = _outlook(request)
     except READING as error:
         return _stopped(findings, message_of(error))
@@ -138,15 +143,24 @@ def _of_adapters(request: Request) -> Iterator[Finding]:
             what="lambda has no effect on whole modules, biases and tokens that adapters save: they replace the base's",
             remedy="Remove lambda, or save the adapters without them.",
         )
+    require_shapes(request)
     merge = AdapterMerge(request)
     yield from check_moments(request, merge)
     for name, place in request.places.items():
         parameters = request.parameters(name)
         if merge.treat(place, parameters).kind not in ("base", "buffer"):
-            require_weight(name, parameters["weight"])
+            merge.read(place, parameters["weight"])
         reason = request.method.needs_entries(parameters)
         if reason and place.kind != "convolution":
             raise AdapterError(f"{name}: {reason}")
+
+
+def _of_base(config: MergeConfiguration, options: MergeOptions) -> Iterator[Finding]:
+    """What peft would not load of each adapter, where the base's configuration is on this disk."""
+    for model in in_recipe_order(config):
+        for finding in check_fit(model, options):
+            # The merge itself needs no base.
+            yield replace(finding, level="warning") if finding.level == "error" else finding
 
 
 def _of_rank(merged: tuple[WeightReport, ...]) -> Iterator[Finding]:

@@ -147,6 +147,28 @@ class AdapterMerge:
         vocabulary_axis = 0 if place.kind == "embedding" else None
         return self._request.method.treat(named, place.stored_shape, vocabulary_axis, parameters, heads="none")
 
+    def read(self, place: Place, weights: Sequence[float]) -> list[Changed]:
+        """The updates of one weight by the adapters of positive weight.
+
+        Raises:
+            AdapterError: a factor holds NaN or infinity, or no weight is positive.
+        """
+        name = printable(place.weight)
+        require_weight(name, weights)
+        changed = []
+        for adapter, weight in zip(self._request.adapters, weights, strict=True):
+            update = adapter.updates.get(place.weight)
+            if update is None or weight == 0:
+                continue
+            factors = update.read()
+            if not (bool(torch.isfinite(factors.left).all()) and bool(torch.isfinite(factors.right).all())):
+                raise AdapterError(
+                    f"{name}: every factor must be finite; adapter {adapter.name} holds NaN or infinity. "
+                    "Repair or replace it; nothing was merged from it"
+                )
+            changed.append(Changed(adapter=adapter.name, weight=weight, factors=factors))
+        return changed
+
     def cores(self, place: Place, parameters: Mapping[str, Any], *, solved: bool) -> Iterator[Cores]:
         """Every matrix of a weight that an adapter of positive weight updates: one, or one for each stacked expert.
 
@@ -164,7 +186,7 @@ class AdapterMerge:
         weight = self.base_weight(place) if sized or (solved and parameters.get("moments")) else None
         if sized:
             self._warn_of_unknown_base()
-        for matrix, index, updates in _matrices(name, place, self._read(place, name, parameters["weight"])):
+        for matrix, index, updates in _matrices(name, place, self.read(place, parameters["weight"])):
             factors = [_turn(each.factors) if turned else each.factors for each in updates]
             moments = None
             if solved:
@@ -227,22 +249,6 @@ class AdapterMerge:
         merge_one = self._merge if solved else self._average
         parts = [merge_one(cores, parameters) for cores in self.cores(place, parameters, solved=solved)]
         return _joined(place, parts, report, self._request.rank)
-
-    def _read(self, place: Place, name: str, weights: Sequence[float]) -> list[Changed]:
-        require_weight(name, weights)
-        changed = []
-        for adapter, weight in zip(self._request.adapters, weights, strict=True):
-            update = adapter.updates.get(place.weight)
-            if update is None or weight == 0:
-                continue
-            factors = update.read()
-            if not (bool(torch.isfinite(factors.left).all()) and bool(torch.isfinite(factors.right).all())):
-                raise AdapterError(
-                    f"{name}: every factor must be finite; adapter {adapter.name} holds NaN or infinity. "
-                    "Repair or replace it; nothing was merged from it"
-                )
-            changed.append(Changed(adapter=adapter.name, weight=weight, factors=factors))
-        return changed
 
     def _average(self, cores: Cores, parameters: Mapping[str, Any]) -> _Part:
         """`scale * sum_t w_t D_t / sum_t w_t`, over all adapters: those without the module did not change it."""

@@ -31,6 +31,25 @@ class MergedTensor:
     indices: tuple[int, ...] = ()
 
 
+def require_shapes(request: Request) -> None:
+    """Refuse tensors of the same name and of different shapes, by their headers.
+
+    Raises:
+        AdapterError: naming tensor and adapter.
+    """
+    for kind in ("bias_updates", "replaced"):
+        for name in dict.fromkeys(name for adapter in request.adapters for name in getattr(adapter, kind)):
+            weights = request.parameters(f"{name}.bias" if kind == "bias_updates" else _weight_name(name))["weight"]
+            first: tuple[int, ...] | None = None
+            for adapter, weight in zip(request.adapters, weights, strict=True):
+                vector: Vector | None = getattr(adapter, kind).get(name)
+                if vector is None or weight == 0:
+                    continue
+                first = first or vector.shape
+                if vector.shape != first:
+                    raise _shapes_differ(name, first, vector.shape, adapter.name)
+
+
 def merged_biases(request: Request) -> Iterator[MergedTensor]:
     """What is added to biases: `scale * sum_t w_t b_t / sum_t w_t` over all adapters, as vectors are merged."""
     names = dict.fromkeys(name for adapter in request.adapters for name in adapter.bias_updates)

@@ -14,7 +14,7 @@ import torch
 from mergekit.io import ShardedTensorIndex
 from safetensors import safe_open
 
-from mergekit_ace.checkpoints.pointers import pointer_words
+from mergekit_ace.pointers import pointer_words
 from mergekit_ace.unreadable import message_of
 
 # Not every torch that is allowed has them all.

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mergekit_ace.pointers import pointer_words
 from mergekit_ace.unreadable import message_of
 
 
@@ -74,6 +75,8 @@ def open_tensors(path: Path) -> Tensors:
         AdapterError: the file is damaged, or a pickle holds more than tensors.
         FileNotFoundError: there is none.
     """
+    if (words := pointer_words(path)) is not None:
+        raise AdapterError(f"{path} must be a file of tensors; {words}")
     if path.suffix == ".safetensors":
         return _SafetensorsFile(path)
     try:

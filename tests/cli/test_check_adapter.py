@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
-from tests.checkpoints import Suite, add_adapter, edit_tensors
+from tests.checkpoints import Suite, add_adapter, edit_tensors, make_suite
 from tests.cli.conftest import Invoke
 
 BASE = "somebody/else-has-it"
@@ -109,3 +111,71 @@ def test_weights_that_are_all_0_are_an_error_of_every_command(
     result = invoke(command, file, *([tmp_path / "out"] if command == "merge" else []), "--adapter")
     assert result.exit_code == 1
     assert "parameter weight must be positive for at least one adapter; got 0" in result.output.replace("\n", " ")
+
+
+def of(base: Path, folder: Path, *experts: Path) -> Path:
+    file = folder / "of-base.yml"
+    models = [{"model": f"{base}+{expert}"} for expert in experts]
+    file.write_text(yaml.safe_dump({"merge_method": "ace", "base_model": str(base), "models": models}))
+    return file
+
+
+def test_a_base_on_the_disk_says_what_would_not_load(
+    suite: Suite, adapters: list[Path], tmp_path: Path, invoke: Invoke
+) -> None:
+    other = make_suite("gpt2", tmp_path, experts=1).base.path
+    found = invoke("check", of(other, tmp_path, *adapters), "--adapter")
+    assert found.exit_code == 0, found.output
+    assert "does nothing: no module of" in found.output.replace("\n", " ")
+    resized = tmp_path / "resized"
+    shutil.copytree(adapters[0], resized)
+    with edit_tensors(resized / "adapter_model.safetensors") as tensors:
+        tensors["base_model.model.model.embed_tokens.weight"] = torch.ones(100, 32)
+    found = invoke("check", of(suite.base.path, tmp_path, resized, adapters[1]), "--adapter")
+    assert "was trained after its base's vocabulary was resized" in found.output.replace("\n", " ")
+    assert "model.resize_token_embeddings(100)" in found.output
+
+
+def _nan(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"][0, 0] = torch.nan
+
+
+def _table(tensors: dict[str, torch.Tensor], rows: int) -> None:
+    tensors["base_model.model.lm_head.weight"] = torch.ones(rows, 32)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ((_nan, lambda _: None), "adapter adapter0 holds NaN or infinity"),
+        (
+            (lambda t: _table(t, 96), lambda t: _table(t, 100)),
+            "lm_head.weight must have one shape in all adapters; got (96, 32), and (100, 32) in adapter1",
+        ),
+    ],
+    ids=["NaN", "shapes"],
+)
+def test_check_finds_what_would_stop_the_merge(
+    change: Sequence[Callable[[dict[str, torch.Tensor]], None]],
+    words: str,
+    adapters: list[Path],
+    tmp_path: Path,
+    invoke: Invoke,
+) -> None:
+    for edit, adapter in zip(change, adapters, strict=True):
+        with edit_tensors(adapter / "adapter_model.safetensors") as tensors:
+            edit(tensors)
+    for command in ("check", "merge"):
+        out = [tmp_path / "out"] if command == "merge" else []
+        result = invoke(command, recipe(tmp_path, adapters), *out, "--adapter")
+        assert result.exit_code == 1, command
+        assert words in result.output.replace("\n", " "), command
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pointer_in_place_of_an_adapter_is_named(adapters: list[Path], tmp_path: Path, invoke: Invoke) -> None:
+    text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 123\n"
+    (adapters[0] / "adapter_model.safetensors").write_text(text)
+    result = invoke("check", recipe(tmp_path, adapters), "--adapter")
+    assert result.exit_code == 1
+    assert "it is a Git LFS pointer" in result.output.replace("\n", " ")

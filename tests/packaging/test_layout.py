@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mergekit_ace"
 ORDER = (
-    *("linalg", "matrix", "unreadable", "policy", "printable", "quantization", "moments", "factors"),
+    *("linalg", "matrix", "unreadable", "pointers", "policy", "printable", "quantization", "moments", "factors"),
     *("mergekit_internals", "staging", "checkpoints", "methods", "registration", "__init__", "autoload", "environment"),
     *("recipe", "checks", "collecting", "adapters", "engine", "report", "api", "cli", "__main__"),
 )

@@ -51,7 +51,9 @@ def check_fit(model: ModelReference, options: MergeOptions) -> Iterator[Finding]
         return
     try:
         headers = read_file(file)
-        config = peft.PeftConfig.from_pretrained(str(folder))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of settings that it does not know, which are a finding of their own
+            config = peft.PeftConfig.from_pretrained(str(folder))
     except READING:  # reported by the checks of files
         return
     if config.is_prompt_learning or str(getattr(config.peft_type, "value", config.peft_type)) in _NOT_MERGED:

@@ -67,6 +67,9 @@ _VECTORS = re.compile(
 )
 
 
+HEAD_REASON = "output head, a linear map (embeddings: auto)"
+
+
 def is_buffer(name: str) -> bool:
     """Whether a tensor is a constant by its name, which may hold what no weight may."""
     return _BUFFER.search(name) is not None
@@ -118,7 +121,7 @@ def treatment(
         return Treatment(kind="buffer", reason="a buffer, not a weight")
     if len(shape) >= 2 and is_embedding(name, vocabulary_axis) and embeddings != "method":
         if embeddings == "auto" and len(shape) == 2 and is_output_head(name, vocabulary_axis, heads):
-            return Treatment(kind="head", reason="output head, a linear map (embeddings: auto)")
+            return Treatment(kind="head", reason=HEAD_REASON)
         reason = f"embedding table or output head (embeddings: {embeddings})"
         return Treatment(kind="base" if embeddings == "base" else "average", reason=reason)
     if _TEXT_PROJECTION.search(name):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from mergekit_ace.methods.advice import RULES, Evidence, Rule, table_merged_as_matrix
-from mergekit_ace.policy import is_embedding
+from mergekit_ace.policy import HEAD_REASON, is_embedding
 from mergekit_ace.recipe.findings import Finding, by_severity
 from mergekit_ace.report.model import Report, TensorReport
 from mergekit_ace.report.naming import short_names
@@ -65,7 +65,11 @@ def _finding(rule: Rule, worst: Evidence, count: int, of: int) -> Finding:
 
 
 def _tables(report: Report) -> Iterator[Finding]:
-    tables = [tensor for tensor in compared(report) if tensor.merge is not None and is_embedding(tensor.name, None)]
+    tables = [
+        tensor
+        for tensor in compared(report)
+        if tensor.merge is not None and is_embedding(tensor.name, None) and tensor.reason != HEAD_REASON
+    ]
     if tables:
         what, remedy = table_merged_as_matrix(report.method)
         yield Finding(level="warning", what=f"{tables[0].name}: {what}", remedy=remedy)

@@ -83,6 +83,22 @@ def test_a_model_without_a_tokenizer_is_merged_with_a_warning(
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_the_configuration_names_the_dtype_of_the_weights(tmp_path: Path, invoke: Invoke) -> None:
+    """transformers converts what it loads to that dtype."""
+    recipe = _recipe(tmp_path)
+    file = tmp_path / "models" / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float16"}))
+    result = invoke("merge", recipe, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "promises float16 and the merged weights are float32, which the merged model's says" in result.output
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    assert invoke("verify", tmp_path / "out").exit_code == 0
+    recipe.write_text(recipe.read_text() + "out_dtype: float16\n")
+    result = invoke("merge", recipe, tmp_path / "half")
+    assert "promises" not in result.output
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "float16"
+
+
 @pytest.mark.parametrize("command", ["check", "merge"])
 def test_a_chat_template_needs_a_tokenizer(command: str, tmp_path: Path, invoke: Invoke) -> None:
     recipe = _recipe(tmp_path)

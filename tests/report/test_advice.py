@@ -13,6 +13,7 @@ from mergekit.options import MergeOptions
 
 import mergekit_ace
 from mergekit_ace.methods import advice
+from mergekit_ace.policy import HEAD_REASON
 from mergekit_ace.recipe.plan import planned
 from mergekit_ace.recipe.reading import read_recipe
 from mergekit_ace.report.advice import advise
@@ -124,6 +125,16 @@ def test_a_merged_table_is_named(fine_tunes: Suite, tmp_path: Path) -> None:
         report = assemble(plan, inspect_tensors(plan, tables, "full"), "full")
     (finding,) = (finding for finding in advise(report) if "embedding table" in finding.what)
     assert finding.what.startswith("model.embed_tokens.weight: embeddings: ace merges an embedding table")
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_the_default_s_output_head_is_no_table_that_was_merged(family: str, tmp_path: Path) -> None:
+    suite = make_suite(family, tmp_path, update=Update.EVEN, scale=0.01)
+    with planned(read_recipe(write(document(suite, parameters={}), tmp_path / "recipe.yml")), MergeOptions()) as plan:
+        tables = [tensor for tensor in plan.tensors if tensor.vocabulary_axis is not None]
+        report = assemble(plan, inspect_tensors(plan, tables, "full"), "full")
+    assert any(tensor.reason == HEAD_REASON and tensor.merge is not None for tensor in report.tensors)
+    assert not [finding for finding in advise(report) if "embedding" in finding.what]
 
 
 @pytest.mark.parametrize("method", ["ace", "wudi", "cart"])

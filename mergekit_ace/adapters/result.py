@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ from mergekit_ace.factors.formats.kohya import write_kohya
 from mergekit_ace.factors.formats.peft import with_wrapper
 from mergekit_ace.factors.formats.peft_output import Configuration, bias_key, biased, tokens_key, write_peft
 from mergekit_ace.factors.formats.peft_settings import unknown_settings
-from mergekit_ace.factors.model import Factors, Layout, Place, no_update
+from mergekit_ace.factors.model import Factors, Layout, Place, no_update, padded
 from mergekit_ace.factors.tensors import AdapterError
 
+# Modules of single experts, which transformers 5 stacks when it loads them: with one rank, and none left out.
+_OF_EXPERT = re.compile(r"\.experts\.\d+\.")
 LOG = logging.getLogger("mergekit_ace")
 
 _WRITERS: dict[Layout, Callable[[Place, Factors], dict[str, Tensor]]] = {
@@ -128,12 +132,14 @@ class Outcome:
         for merged in AdapterMerge(self.request).weights():
             self.report.weights.append(merged.report)
             factors = merged.factors
-            if factors is None and merged.place.declared is None:
+            expert = self.layout == "peft" and _OF_EXPERT.search(merged.place.module) is not None
+            if factors is None and merged.place.declared is None and not expert:
                 self.configuration.dropped = True
                 continue
             written += factors is not None
             # A parameter that keeps the base's values still has its wrapper, within which the others are.
             factors = no_update(merged.place) if factors is None else factors
+            factors = padded(factors, self._common_rank) if expert else factors
             self.configuration.add(merged.place, factors.rank)
             for name, tensor in _WRITERS[self.layout](merged.place, factors).items():
                 yield name, self._stored(name, tensor)
@@ -142,6 +148,15 @@ class Outcome:
             yield name, self._stored(name, tensor)
         if written == 0:
             raise AdapterError("the merged adapter must change something; no adapter changes a weight that is merged")
+
+    @cached_property
+    def _common_rank(self) -> int:
+        """A rank that no merged update exceeds."""
+        ranks = [
+            sum(adapter.updates[name].rank for adapter in self.request.adapters if name in adapter.updates)
+            for name in self.request.places
+        ]
+        return min(max(ranks), self.request.rank) if isinstance(self.request.rank, int) else max(ranks)
 
     def _others(self) -> Iterator[tuple[str, Tensor]]:
         merged_at: dict[str, Tensor] = {}

@@ -158,9 +158,9 @@ def _check_keys(
         )
         return
     expected = _saved_names(adapted)
-    ignored, sizes = _load(adapted, headers)
+    ignored, missing, sizes = _load(adapted, headers)
     yield from _ignored(model, folder, headers, ignored, expected)
-    lacking = sorted(name for name in expected if _PAIR.search(name) and name not in headers)
+    lacking = sorted(name for name in expected & missing if _PAIR.search(name))
     if lacking and not ignored:
         yield Finding(
             level="warning",
@@ -189,28 +189,35 @@ def _plainly_started(config: peft.PeftConfig) -> peft.PeftConfig:
     return config
 
 
-def _load(adapted: Any, headers: Mapping[str, TensorHeader]) -> tuple[list[str], list[tuple[str, str, str]]]:
-    """What peft passes over, and names and shapes (adapter's, base's) of what it refuses."""
+def _load(adapted: Any, headers: Mapping[str, TensorHeader]) -> tuple[list[str], set[str], list[tuple[str, str, str]]]:
+    """What peft passes over, what it does not find, and names and shapes (adapter's, base's) of what it refuses."""
     state = {name: torch.empty(header.shape, dtype=header.dtype, device="meta") for name, header in headers.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             result: Any = set_peft_model_state_dict(adapted, state, low_cpu_mem_usage=True)
         except KeyError as error:  # a module that was to be saved whole, and was not
-            return [str(error).strip("'")], []
+            return [str(error).strip("'")], set(), []
         except RuntimeError as error:
             found = _SIZES.findall(str(error))
             if not found:
                 raise
-            return [], [
-                (name.replace(".default", ""), theirs.strip("[]"), ours.strip("[]")) for name, theirs, ours in found
-            ]
-    return [name.replace(".default", "") for name in result.unexpected_keys], []
+            return (
+                [],
+                set(),
+                [(name.replace(".default", ""), theirs.strip("[]"), ours.strip("[]")) for name, theirs, ours in found],
+            )
+    ignored, missing = ([_without_name(key) for key in keys] for keys in (result.unexpected_keys, result.missing_keys))
+    return ignored, set(missing), []
+
+
+def _without_name(key: str) -> str:
+    return key.replace(".default", "")
 
 
 def _saved_names(adapted: Any) -> set[str]:
     """The keys that an adapter of this kind has for this base."""
-    return {name.replace(".default", "") for name, _ in adapted.named_parameters() if ".default" in name}
+    return {_without_name(name) for name, _ in adapted.named_parameters() if ".default" in name}
 
 
 def _ignored(

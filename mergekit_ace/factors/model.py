@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Kind = Literal["linear", "embedding", "convolution", "stack"]
 Layout = Literal["peft", "kohya", "diffusers"]
@@ -78,6 +79,14 @@ def no_update(place: Place) -> Factors:
     m, n = place.matrix
     stack = place.shape[:1] if place.kind == "stack" else ()
     return Factors(left=torch.zeros(*stack, m, 1, device="cpu"), right=torch.zeros(*stack, 1, n, device="cpu"))
+
+
+def padded(factors: Factors, rank: int) -> Factors:
+    """The same update by factors of a rank, filled up with zeros."""
+    missing = rank - factors.rank
+    if missing <= 0:
+        return factors
+    return Factors(left=pad(factors.left, (0, missing)), right=pad(factors.right, (0, 0, 0, missing)))
 
 
 @dataclass(frozen=True, kw_only=True)

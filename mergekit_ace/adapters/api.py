@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from mergekit.config import ParameterSetting
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from mergekit_ace.adapters.from_recipe import method_called
@@ -17,13 +17,20 @@ from mergekit_ace.adapters.result import MergedAdapter, in_memory
 from mergekit_ace.adapters.truncation import Rank
 from mergekit_ace.adapters.write import write_merged
 from mergekit_ace.factors.model import Adapter
-from mergekit_ace.factors.opening import adapter_from_tensors, adapters_inside, adapters_of_model, open_adapter
+from mergekit_ace.factors.opening import (
+    adapter_from_tensors,
+    adapters_inside,
+    adapters_of_model,
+    open_adapter,
+    plain_settings,
+)
 from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.staging import staged
+from mergekit_ace.unreadable import message_of
 
 _SETTINGS = TypeAdapter(dict[str, ParameterSetting])
-Source = str | Path | tuple[Mapping[str, Tensor], Mapping[str, Any]] | Mapping[str, Tensor]
-"""A folder or file; a state dict with peft's configuration; a state dict of a diffusion adapter."""
+Source = str | Path | tuple[Mapping[str, Tensor], Any] | Mapping[str, Tensor]
+"""A folder or file; a state dict with peft's configuration, its dict or itself; a state dict of a diffusion adapter."""
 
 
 def merge_adapters(
@@ -69,6 +76,8 @@ def merge_adapters(
     if weights is not None and len(weights) != len(opened):
         raise ValueError(f"weights must be one for each of the {len(opened)} adapters; got {len(weights)}")
     _require_rank(rank)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point type of torch, such as torch.bfloat16; got {dtype!r}")
     request = Request(
         adapters=tuple(opened),
         method=chosen,
@@ -79,12 +88,19 @@ def merge_adapters(
         dtype=dtype,
     )
     if out is None:
-        return in_memory(request)
+        return _merged(request)
     inputs = [Path(source) for source in _listed(adapters) if isinstance(source, str | Path)]
     with staged(Path(out), overwrite=overwrite, inputs=inputs) as folder:
-        merged = in_memory(request)
+        merged = _merged(request)
         write_merged(merged, folder)
     return merged
+
+
+def _merged(request: Request) -> MergedAdapter:
+    try:
+        return in_memory(request)
+    except ValidationError as error:  # of a parameter; pydantic's own words name its types
+        raise ValueError(message_of(error)) from error
 
 
 def _opened(adapters: Any) -> list[Adapter]:
@@ -101,14 +117,17 @@ def _opened(adapters: Any) -> list[Adapter]:
 def _open(source: Any, name: str) -> Adapter:
     if isinstance(source, str | Path):
         return open_adapter(Path(source))
-    if isinstance(source, tuple):
+    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[0], Mapping):
         tensors, settings = source
-        return adapter_from_tensors(tensors, settings, name=name)
+        if hasattr(settings, "to_dict"):  # a configuration of peft
+            settings = plain_settings(settings)
+        if settings is None or isinstance(settings, Mapping):
+            return adapter_from_tensors(tensors, settings, name=name)
     if isinstance(source, Mapping):
         return adapter_from_tensors(source, name=name)
     raise AdapterError(
-        f"adapters must be folders, state dicts (for peft's with their configuration) or a PeftModel; got "
-        f"{type(source).__name__}"
+        "adapters must be folders, state dicts (for peft's a pair of state dict and configuration) or a PeftModel; "
+        f"{name} is of type {type(source).__name__}"
     )
 
 
@@ -119,5 +138,5 @@ def _listed(adapters: Any) -> list[Any]:
 
 
 def _require_rank(rank: Rank) -> None:
-    if rank is not None and rank != "auto" and not (isinstance(rank, int) and rank > 0):
+    if rank is not None and rank != "auto" and not (type(rank) is int and rank > 0):
         raise ValueError(f"rank must be a whole number above 0, 'auto' or None; got {rank!r}")

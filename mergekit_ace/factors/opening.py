@@ -79,7 +79,11 @@ def adapters_of_model(model: Any, names: Sequence[str] | None = None) -> list[Ad
         AdapterError: it has none of that name; or as `open_adapter`.
     """
     from peft import get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTuner
 
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if isinstance(model, BaseTuner):  # what a PeftModel calls base_model, whose names have another beginning
+        model = model.model
     known = list(model.peft_config)
     if unknown := [name for name in names or () if name not in known]:
         raise AdapterError(
@@ -87,11 +91,21 @@ def adapters_of_model(model: Any, names: Sequence[str] | None = None) -> list[Ad
         )
     adapters = []
     for name in names or known:
-        settings = {key: _plain(value) for key, value in model.peft_config[name].to_dict().items()}
-        # "auto" would ask a hub for the base's vocabulary.
-        tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        adapters.append(read_peft(Tensors(tensors), settings, name=name))
+        try:
+            # "auto" would ask a hub for the base's vocabulary.
+            tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        except KeyError as error:  # tokens that another adapter trains and this one does not
+            raise AdapterError(
+                f"peft cannot give the tensors of the adapter {name} beside the model's other adapters; it finds no "
+                f"{error}. Load each adapter into a model of its own and save it, and give the folders"
+            ) from error
+        adapters.append(read_peft(Tensors(tensors), plain_settings(model.peft_config[name]), name=name))
     return adapters
+
+
+def plain_settings(configuration: Any) -> dict[str, Any]:
+    """A configuration of peft as its file holds it."""
+    return {key: _plain(value) for key, value in configuration.to_dict().items()}
 
 
 def _by_keys(tensors: Tensors, name: str) -> Adapter:

@@ -261,8 +261,18 @@ def test_what_cannot_be_asked_for_is_refused(tmp_path: Path) -> None:
         merge_adapters([folder, other], weights=[1.0])
     with pytest.raises(ValueError, match=r"parameters must be of ace: .*; got epsylon"):
         merge_adapters([folder, other], parameters={"epsylon": 1})
-    with pytest.raises(ValueError, match="rank must be a whole number above 0"):
-        merge_adapters([folder, other], rank=0)
+    for rank in (0, True, 1.5):
+        with pytest.raises(ValueError, match="rank must be a whole number above 0"):
+            merge_adapters([folder, other], rank=rank)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^[^\n]*parameter weight must be a finite number of at least 0; got -1$"):
+        merge_adapters([folder, other], weights=[-1, 1])
+    for dtype in (torch.int8, "float16"):
+        with pytest.raises(ValueError, match="dtype must be a floating-point type of torch"):
+            merge_adapters([folder, other], dtype=dtype)  # type: ignore[arg-type]
+    state = load_file(folder / "adapter_model.safetensors")
+    for source in ((state, state, state), ({"r": 2}, 3), None):
+        with pytest.raises(AdapterError, match=r"adapters must be folders, state dicts .*number 1 is of type"):
+            merge_adapters([source])
     with pytest.raises(AdapterError, match=r"merge_method must be one that gives an adapter: ace, .*; got ties"):
         merge_adapters([folder, other], method="ties")
     with pytest.raises(AdapterError, match="solver: adam moves every entry"):
@@ -285,3 +295,30 @@ def test_a_trained_bias_is_one_tensor_whether_its_module_has_factors_or_not(tmp_
         name = f"roberta.encoder.layer.1.attention.self.{module}.bias"
         expected = (first[name] + second[name]) / 2 if module == "query" else second[name]
         torch.testing.assert_close(after[name], expected)
+
+
+def test_a_state_dict_comes_with_pefts_own_configuration(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, lora_alpha=7, target_modules=["q_proj", "v_proj"])
+    folder = saved(adapted(llama(), config, seed=1), tmp_path / "a")
+    state = load_file(folder / "adapter_model.safetensors")
+    found, expected = merge_adapters([(state, config)]).tensors, merge_adapters([folder]).tensors
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_tokens_of_one_adapter_of_a_live_model_are_named() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3])
+    model = adapted(llama(), config, seed=1)
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    with pytest.raises(AdapterError, match=r"peft cannot give the tensors of the adapter second .*a model of its own"):
+        merge_adapters(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of what torch.compile imports
+def test_a_live_model_may_be_compiled_or_given_without_its_shell() -> None:
+    model = adapted(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]), seed=1)
+    expected = merge_adapters(model).tensors
+    for given in (torch.compile(model), model.base_model, model.get_base_model()):
+        found = merge_adapters(given).tensors
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -84,7 +84,10 @@ class Quantization:
         if line is None:
             return "Merge the checkpoint that it was quantized from, and quantize the result."
         line = line.replace("{path}", str(path))
-        return f"Dequantize it first: {line}, or merge the checkpoint that it was quantized from."
+        return (
+            f"Dequantize it first: {line}, or better merge the checkpoint that it was quantized from: dequantized "
+            "weights keep the rounding of the codes, which can be larger than an update."
+        )
 
 
 def from_configuration(configuration: Mapping[str, Any]) -> Quantization | None:

@@ -19,6 +19,7 @@ from mergekit_ace.checks.devices import check_device
 from mergekit_ace.checks.duplicates import check_duplicates
 from mergekit_ace.checks.files import check_files
 from mergekit_ace.checks.filters import check_filters
+from mergekit_ace.checks.finite import check_finite
 from mergekit_ace.checks.kinship import check_kinship
 from mergekit_ace.checks.layers import check_layers
 from mergekit_ace.checks.measured import check_moments
@@ -160,6 +161,7 @@ def _of_plan(plan: Plan) -> Iterator[Finding]:
     yield from check_token_rows(plan)
     yield from check_precision(plan)
     yield from check_treatments(plan)
+    yield from check_finite(plan)
     yield from check_kinship(plan)
     yield from check_moments(plan)
 

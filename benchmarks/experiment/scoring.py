@@ -142,5 +142,6 @@ def standard_error(accuracies: dict[str, float], experts: dict[str, float], rows
 
     Models are scored on the same rows, so the difference of two is less noisy than this.
     """
-    variance = sum(accuracies[t] * (1 - accuracies[t]) / rows[t] / experts[t] ** 2 for t in experts)
+    # A share of a loss is negative where a merge is worse than the base.
+    variance = sum(abs(accuracies[t] * (1 - accuracies[t])) / rows[t] / experts[t] ** 2 for t in experts)
     return 100 * math.sqrt(variance) / len(experts)

@@ -241,6 +241,8 @@ def test_numbers_of_a_table_by_hand() -> None:
     # sqrt((0.6 * 0.4 / 100) / 0.8^2 + (0.5 * 0.5 / 400) / 0.5^2) / 2
     expected = 100 * math.sqrt(0.0024 / 0.64 + 0.000625 / 0.25) / 2
     assert math.isclose(standard_error(accuracies, experts, {"left": 100, "right": 400}), expected)
+    # worse than the base: sqrt((0.5 * 1.5 / 100) / 0.5^2) / 1
+    assert math.isclose(standard_error({"a": -0.5}, {"a": 0.5}, {"a": 100}), 100 * math.sqrt(0.0075 / 0.25))
 
 
 def test_labels_are_unique() -> None:

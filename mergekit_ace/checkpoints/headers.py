@@ -131,6 +131,20 @@ def read_folder(folder: Path) -> Mapping[str, TensorHeader]:
     return read_headers(ShardedTensorIndex.from_disk(str(folder)))
 
 
+def unlisted_tensors(folder: Path) -> Mapping[str, str]:
+    """Tensors that a folder's safetensors files hold and its index does not list, with their files; mergekit sees none.
+
+    Raises:
+        OSError, RuntimeError: as `read_headers`.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return {}
+    listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    files = sorted(folder.glob("model*.safetensors"))
+    return {name: file.name for file in files for name in read_file(file) if name not in listed}
+
+
 def read_file(file: Path) -> Mapping[str, TensorHeader]:
     """Every tensor of a single file, a pickle unless it is called `.safetensors`.
 

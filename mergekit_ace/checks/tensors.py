@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from mergekit.common import ModelReference, dtype_from_name
 
+from mergekit_ace.checkpoints.headers import unlisted_tensors
 from mergekit_ace.checks.prefixes import renamed_remedy
 from mergekit_ace.methods.advice import table_merged_as_matrix
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.policy import is_embedding
+from mergekit_ace.recipe.failures import READING
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
 from mergekit_ace.recipe.treatments import treated
@@ -64,11 +67,25 @@ def check_missing(plan: Plan) -> Iterator[Finding]:
             remedy="It does not fit these models: merge their files with mergekit-pytorch, which takes every tensor.",
         )
     for model, names in missing.items():
-        why, remedy = renamed[model] or ("", "Complete the checkpoint.")
+        why, remedy = renamed[model] or _unlisted(model, names) or ("", "Complete the checkpoint.")
         own = [name for name in names if renamed[model] or name not in set(nobody_has)]
         if own:
             what = f"{model} lacks {_some(own)}" + (f": {why}" if why else "")
             yield Finding(level="error", what=what, remedy=remedy)
+
+
+def _unlisted(model: ModelReference, names: Sequence[str]) -> tuple[str, str] | None:
+    """Why tensors are missing, and the remedy, where the files hold them and the index does not list them."""
+    try:
+        files = unlisted_tensors(Path(model.model.path))
+    except READING:  # reported by the checks of files
+        return None
+    if not all(name in files for name in names):
+        return None
+    return (
+        f"{files[names[0]]} holds them, and the index does not list them",
+        "The index belongs to other files: download or copy it again, or load the model with transformers and save it.",
+    )
 
 
 def _in_all(lists: Sequence[Sequence[str]]) -> Sequence[str]:

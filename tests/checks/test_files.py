@@ -175,7 +175,10 @@ def test_what_an_index_does_not_list_does_not_count(suites: dict[Storage, Suite]
     del index["weight_map"][name]
     file.write_text(json.dumps(index))
     output = run("check", write(document(suite, models=[{"model": str(expert)}]), tmp_path / "recipe.yml"))
-    assert f"{expert} lacks {name}" in output
+    assert f"{expert} lacks {name}: model-0000" in output
+    assert "holds them, and the index does not list them" in output
+    assert "The index belongs to other files: download or copy it again" in output
+    assert "Complete the checkpoint" not in output
 
 
 @pytest.mark.parametrize("command", ["check", "merge", "inspect"])

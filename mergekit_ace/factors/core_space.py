@@ -33,8 +33,8 @@ class CoreSpace:
 
     left: Tensor
     """`U`, `[m, p]`, orthonormal columns; `p` is at most `m`, and at most the ranks' sum plus one."""
-    right: Tensor
-    """`V`, `[q, n]`, orthonormal rows."""
+    right: Tensor | None
+    """`V`, `[q, n]`, orthonormal rows; None: the identity, which is not formed."""
     cores: tuple[Tensor, ...]
     """`M_t`, `[p, q]`."""
 
@@ -46,11 +46,19 @@ class CoreSpace:
     @property
     def ones_right(self) -> Tensor:
         """`V 1_n`, `[q]`: of the column of ones, what lies in the row space."""
-        return self.right.sum(dim=1)
+        return self.cores[0].new_ones(self.inputs) if self.right is None else self.right.sum(dim=1)
+
+    @property
+    def inputs(self) -> int:
+        """`n`."""
+        return (self.cores[0] if self.right is None else self.right).shape[1]
 
     def matrix(self, core: Tensor) -> Tensor:
         """`U core V`, `[m, n]`."""
-        return self.left @ core @ self.right
+        return self._rows(self.left @ core)
+
+    def _rows(self, coordinates: Tensor) -> Tensor:
+        return coordinates if self.right is None else coordinates @ self.right
 
     def factors(self, core: Tensor, rank: int | None = None) -> Factors:
         """`U core V` as factors of equal norms: of its numerical rank, or of `rank` if that is less.
@@ -69,7 +77,7 @@ class CoreSpace:
         # Both products in the working dtype: the factors are orthonormal, so that nothing amplifies their rounding.
         return Factors(
             left=self.left @ (left[:, :kept] * root).to(core.dtype),
-            right=(root[:, None] * right[:kept]).to(core.dtype) @ self.right,
+            right=self._rows((root[:, None] * right[:kept]).to(core.dtype)),
         )
 
 
@@ -109,8 +117,7 @@ def output_space(updates: Sequence[Factors]) -> CoreSpace:
     for update in updates:
         cores.append(columns[:, start : start + update.rank] @ update.right)
         start += update.rank
-    n = first.right.shape[1]
-    return CoreSpace(left=left, right=torch.eye(n, dtype=left.dtype, device=left.device), cores=tuple(cores))
+    return CoreSpace(left=left, right=None, cores=tuple(cores))
 
 
 def task_vectors_of(
@@ -125,7 +132,7 @@ def task_vectors_of(
         base_norm: `||W_0||_F` of the matrix that was updated; None where it is not known.
     """
     coordinates = Coordinates(
-        shape=(space.left.shape[0], space.right.shape[1]), ones_left=space.ones_left, ones_right=space.ones_right
+        shape=(space.left.shape[0], space.inputs), ones_left=space.ones_left, ones_right=space.ones_right
     )
     found = TaskVectors(torch.zeros_like(space.cores[0]), experts, name=name, coordinates=coordinates)
     found.base_norm = base_norm

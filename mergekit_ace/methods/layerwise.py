@@ -185,8 +185,7 @@ class LayerwiseMethod(GroupMergeMethod):
         if tensor.treatment.kind != "matrix":  # no moments are measured of others
             return matrices(name, base, experts, parameters)
         experts = with_measured_moments(name, base, experts, parameters, warn)
-        on_cores = self.needs_entries(parameters) is None and not any(expert.measured for expert in experts)
-        factors = known(adapter_factors(tensor.group)) if on_cores else ()
+        factors = known(adapter_factors(tensor.group)) if self.needs_entries(parameters) is None else ()
         return matrices(name, base, experts, parameters, factors)
 
     def merge(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:

@@ -9,7 +9,7 @@ from typing import Any
 from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
-from mergekit_ace.factors.core_space import CoreSpace, core_space, task_vectors_of
+from mergekit_ace.factors.core_space import CoreSpace, core_space, output_space, task_vectors_of
 from mergekit_ace.factors.model import Factors
 from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.matrix.expert import Expert
@@ -35,12 +35,16 @@ class Matrix:
     factors: tuple[Factors, ...] = ()
 
     def cores(self) -> CoreSpace | None:
-        """The updates in core space, where their factors are known."""
+        """The updates in core space, where their factors are known; by measured moments in that of the outputs alone.
+
+        There the merge has no more directions than the factors: in a full matrix the rounding of the solve has all of
+        them, and spectral refinement would lift it.
+        """
         if not self.factors:
             return None
         here = self.base.device
         moved = [Factors(left=each.left.to(here), right=each.right.to(here)) for each in self.factors]
-        return core_space(moved)
+        return output_space(moved) if any(expert.measured for expert in self.experts) else core_space(moved)
 
     def task_vectors(self, space: CoreSpace | None) -> TaskVectors:
         """The task vectors, or their cores where these are known."""

@@ -17,10 +17,10 @@ from mergekit_ace.adapters.others import require_shapes
 from mergekit_ace.adapters.request import Request, model_name
 from mergekit_ace.adapters.truncation import Rank
 from mergekit_ace.checks.adapter_fit import check_fit
+from mergekit_ace.checks.adapters import check_known
 from mergekit_ace.checks.duplicates import check_duplicates
 from mergekit_ace.checks.spelling import check_keys, check_parameters
 from mergekit_ace.checks.unmeasured import suggest_moments
-from mergekit_ace.factors.formats.peft_settings import unknown_settings
 from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.mergekit_internals import in_recipe_order
 from mergekit_ace.recipe.failures import READING, RecipeError, message_of
@@ -122,13 +122,7 @@ def _of_adapters(request: Request) -> Iterator[Finding]:
                 what=f"the adapter {adapter.name} was trained on {adapter.base}, but is put on {request.base}",
                 remedy=f"Write {adapter.base}+{adapter.name}, unless both are the same model.",
             )
-        if unknown := unknown_settings(adapter.settings):
-            yield Finding(
-                level="warning",
-                what=f"the configuration of the adapter {adapter.name} has settings that the installed peft does not "
-                f"know: {', '.join(unknown)}; they have no part in the merge",
-                remedy="Install the version of peft that wrote it, or make sure that they do not change the update.",
-            )
+        yield from check_known(adapter.name, adapter.settings)
         alone = [name for name in adapter.updates if _owners(request, name) == 1]
         if len(request.adapters) > 1 and len(alone) == len(adapter.updates) > 0:
             yield Finding(

@@ -21,7 +21,7 @@ from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.matrix.expert import Expert, MeasuredMoment
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.advice import log_messages
-from mergekit_ace.methods.measured_moments import measured_moments_of_adapters
+from mergekit_ace.methods.measured_moments import moments_for_adapters
 from mergekit_ace.methods.warnings import MergeWarnings
 from mergekit_ace.policy import Treatment
 from mergekit_ace.printable import printable
@@ -190,14 +190,11 @@ class AdapterMerge:
             factors = [_turn(each.factors) if turned else each.factors for each in updates]
             moments = None
             if solved:
-                moments = measured_moments_of_adapters(
-                    matrix,
-                    place.stored_shape,
-                    self._request.having(place, parameters["weight"]),
-                    parameters,
-                    self._warnings.warn,
-                    base=weight,
+                having = self._request.having(place, parameters["weight"])
+                found = moments_for_adapters(
+                    matrix, place.stored_shape, having, parameters, self._warnings.warn, base=weight
                 )
+                moments = None if found is None else found.read(each.adapter for each in updates)
             norm = norm_of(weight, index) if weight is not None and sized else None
             if index is None:
                 weight = None  # not held during the merge

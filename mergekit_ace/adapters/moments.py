@@ -6,14 +6,12 @@ from collections.abc import Iterator
 
 from mergekit_ace.adapters.merge import AdapterMerge
 from mergekit_ace.adapters.request import Request, model_name
+from mergekit_ace.checks.measured import estimated, estimates_only, sampled, unusable
 from mergekit_ace.factors.model import Place
 from mergekit_ace.methods.measured_moments import moments_for_adapters
 from mergekit_ace.moments.index import MomentsError
 from mergekit_ace.moments.load import MomentsFolder
 from mergekit_ace.recipe.findings import Finding
-
-# Of the weights that moments were measured on, so many are compared; the merge compares all.
-_SAMPLES = 6
 
 
 def check_moments(request: Request, merge: AdapterMerge) -> Iterator[Finding]:
@@ -21,17 +19,12 @@ def check_moments(request: Request, merge: AdapterMerge) -> Iterator[Finding]:
     asking = [place for place in request.places.values() if _asks(request, merge, place)]
     refused = [place for place in asking if not request.method.takes_moments(request.parameters(place.weight))]
     if refused:
-        yield Finding(
-            level="error",
-            what=f"{refused[0].weight}: the recipe's other parameters are defined of estimated second moments and take "
-            "no measured ones",
-            remedy="Remove moments, or preset: published, structural_prior: true, or a solver other than closed_form.",
-        )
+        yield estimates_only(refused[0].weight)
         return
     try:
         yield from _of_places(request, merge, asking)
     except MomentsError as error:
-        yield Finding(level="error", what=str(error), remedy="Run mergekit-ace moments with this recipe.")
+        yield unusable(error)
 
 
 def _asks(request: Request, merge: AdapterMerge, place: Place) -> bool:
@@ -51,17 +44,12 @@ def _of_places(request: Request, merge: AdapterMerge, asking: list[Place]) -> It
         having = request.having(place, parameters["weight"])
         found = moments_for_adapters(place.weight, place.stored_shape, having, parameters, warn)
         if found is not None and place.kind != "stack":
-            measured.append((place, found[0]))
+            measured.append((place, found.folder))
     for message in warned.values():
         yield Finding(level="hint", what=message, remedy="Give mergekit-ace moments prompts of it, if it has some.")
-    without = [place for place in asking if place not in [known for known, _ in measured]]
-    if without:
-        yield Finding(
-            level="hint",
-            what=f"{len(without)} of {len(asking)} matrices have no measured moments ({without[0].weight} for one)",
-            remedy="They keep the estimates from their task vectors.",
-        )
-    for place, folder in measured[:: max(1, len(measured) // _SAMPLES)]:
+    having_some = {place.weight for place, _ in measured}
+    yield from estimated([place.weight for place in asking if place.weight not in having_some], len(asking))
+    for place, folder in sampled(measured):
         weight = merge.base_weight(place)
         if weight is not None:
             folder.require_weight(place.weight, weight)

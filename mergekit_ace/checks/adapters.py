@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
@@ -27,7 +28,8 @@ def check_adapters(recipe: Recipe, options: MergeOptions) -> Iterator[Finding]:
         yield from _check_settings(adapted, options)
     for model in adapted:
         yield from _check_base(model)
-        yield from _check_settings_of(model)
+        if model.lora is not None:
+            yield from check_known(str(model.lora), read_json(model.lora, "adapter_config.json") or {})
         yield from check_fit(model, options)
 
 
@@ -50,12 +52,12 @@ def _check_settings(adapted: Sequence[ModelReference], options: MergeOptions) ->
         )
 
 
-def _check_settings_of(model: ModelReference) -> Iterator[Finding]:
-    assert model.lora is not None
-    if unknown := unknown_settings(read_json(model.lora, "adapter_config.json") or {}):
+def check_known(adapter: str, settings: Mapping[str, Any]) -> Iterator[Finding]:
+    """Settings of an adapter's configuration that the installed peft does not know."""
+    if unknown := unknown_settings(settings):
         yield Finding(
             level="warning",
-            what=f"the configuration of the adapter {model.lora} has settings that the installed peft does not know: "
+            what=f"the configuration of the adapter {adapter} has settings that the installed peft does not know: "
             f"{', '.join(unknown)}; they have no part in the merge",
             remedy="Install the version of peft that wrote it, or make sure that they do not change the update.",
         )

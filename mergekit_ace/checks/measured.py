@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.moments.index import MomentsError
@@ -13,8 +14,9 @@ from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
 from mergekit_ace.recipe.treatments import treated
 
-# Of the weights that moments were measured on, so many are compared; the merge compares all.
 _SAMPLES = 6
+_REMEDY = "Run mergekit-ace moments with this recipe."
+_T = TypeVar("_T")
 
 
 def check_moments(plan: Plan) -> Iterator[Finding]:
@@ -33,17 +35,41 @@ def check_moments(plan: Plan) -> Iterator[Finding]:
             if refused is None and not plan.method.takes_moments(tensor.shared_parameters):
                 refused = tensor.name
     if refused is not None:
-        yield Finding(
-            level="error",
-            what=f"{refused}: the recipe's other parameters are defined of estimated second moments and take no "
-            "measured ones",
-            remedy="Remove moments, or preset: published, structural_prior: true, or a solver other than closed_form.",
-        )
+        yield estimates_only(refused)
     for path, tensors in folders.items():
         try:
             yield from _of_folder(plan, open_moments(Path(path)), tensors)
         except MomentsError as error:
-            yield Finding(level="error", what=str(error), remedy="Run mergekit-ace moments with this recipe.")
+            yield unusable(error)
+
+
+def estimates_only(name: str) -> Finding:
+    """A tensor's parameters take no measured second moments."""
+    return Finding(
+        level="error",
+        what=f"{name}: the recipe's other parameters are defined of estimated second moments and take no measured ones",
+        remedy="Remove moments, or preset: published, structural_prior: true, or a solver other than closed_form.",
+    )
+
+
+def unusable(error: MomentsError) -> Finding:
+    """The merge would stop at the moments."""
+    return Finding(level="error", what=str(error), remedy=_REMEDY)
+
+
+def estimated(without: Sequence[str], matrices: int) -> Iterator[Finding]:
+    """Matrices of which nothing is measured."""
+    if without:
+        yield Finding(
+            level="hint",
+            what=f"{len(without)} of {matrices} matrices have no measured moments ({without[0]} for one)",
+            remedy="They keep the estimates from their task vectors.",
+        )
+
+
+def sampled(measured: Sequence[_T]) -> Sequence[_T]:
+    """Of the weights that moments were measured on, those that are compared; the merge compares all."""
+    return measured[:: max(1, len(measured) // _SAMPLES)]
 
 
 def _of_folder(plan: Plan, folder: MomentsFolder, tensors: list[PlannedTensor]) -> Iterator[Finding]:
@@ -63,14 +89,8 @@ def _of_folder(plan: Plan, folder: MomentsFolder, tensors: list[PlannedTensor]) 
             remedy="They keep the estimates from their task vectors; give mergekit-ace moments prompts of them.",
         )
     measured = [tensor for tensor in tensors if tensor.name in folder.index.tensors]
-    if len(measured) < len(tensors):
-        yield Finding(
-            level="hint",
-            what=f"{len(tensors) - len(measured)} of {len(tensors)} matrices have no measured moments "
-            f"({next(tensor.name for tensor in tensors if tensor not in measured)} for one)",
-            remedy="They keep the estimates from their task vectors.",
-        )
-    for tensor in measured[:: max(1, len(measured) // _SAMPLES)]:
+    yield from estimated([tensor.name for tensor in tensors if tensor.name not in folder.index.tensors], len(tensors))
+    for tensor in sampled(measured):
         _require_base(folder, tensor)
 
 

@@ -111,9 +111,9 @@ def check_padding(plan: Plan) -> Iterator[Finding]:
         return
     named = [plan.base] if source == "base" else plan.models
     vocabularies = [vocabulary(model.lora or model.model) or vocabulary(model.model) for model in named]
-    if any(vocabulary is None for vocabulary in vocabularies):
+    if any(known is None for known in vocabularies):
         return
-    tokens = len({token for vocabulary in vocabularies for token in vocabulary or ()})
+    tokens = len({token for known in vocabularies for token in known or ()})
     multiple = (config.tokenizer.pad_to_multiple_of if config.tokenizer is not None else None) or 1
     rows = -(-tokens // multiple) * multiple
     for tensor in plan.tensors:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,49 +39,41 @@ def with_measured_moments(
     found = _found(name, base.shape, {expert.name: expert.weight > 0 for expert in experts}, parameters, warn)
     if found is None:
         return tuple(experts)
-    folder, tensor, known = found
+    folder = found.folder
     folder.require_weight(name, base)
     result = []
     for expert in experts:
         measured = None
-        if (known_as := known[expert.name]) is not None:
+        if (known_as := found.names[expert.name]) is not None:
             folder.require_weight(name, expert.tensor, expert=known_as)
-            measured = folder.measured(tensor, known_as)
+            measured = folder.measured(found.tensor, known_as)
         result.append(replace(expert, measured=measured))
     return tuple(result)
 
 
-def measured_moments_of_adapters(
-    name: str,
-    shape: Sequence[int],
-    adapters: Mapping[str, bool],
-    parameters: Mapping[str, Any],
-    warn: Warn,
-    *,
-    base: Tensor | None = None,
-) -> dict[str, MeasuredMoment | None] | None:
-    """The moment of each adapter that changes a weight, of its inputs, by name; None where none is measured.
+@dataclass(frozen=True, kw_only=True)
+class FoundMoments:
+    """What a folder has of one weight, before any moment is read.
 
-    Args:
-        name: of the weight.
-        shape: of the base's weight, as stored.
-        adapters: of the recipe, by name or path -> whether it changes the weight; moments are of those that do.
-        parameters: of the recipe.
-        warn: as of `with_measured_moments`.
-        base: the base's weight, where it is at hand: it must be the one that the moments were measured on.
-
-    Raises:
-        MomentsError: as `with_measured_moments`; or the moments were measured by the experts themselves.
+    Attributes:
+        folder: of the recipe.
+        tensor: the weight, as it was measured.
+        names: expert of the recipe -> its name in the folder; None where it was not measured.
     """
-    if not parameters.get("moments"):
-        return None
-    found = moments_for_adapters(name, shape, adapters, parameters, warn, base=base)
-    if found is None:
-        return None
-    folder, tensor, known = found
-    having = {adapter: known[adapter] for adapter, changes in adapters.items() if changes}
-    moments = {a: None if known_as is None else folder.measured(tensor, known_as) for a, known_as in having.items()}
-    return moments if any(moment is not None for moment in moments.values()) else None
+
+    folder: MomentsFolder
+    tensor: MeasuredTensor
+    names: Mapping[str, str | None]
+
+    def read(self, experts: Iterable[str]) -> dict[str, MeasuredMoment | None] | None:
+        """The moments of some experts; None where none of theirs is measured.
+
+        Raises:
+            MomentsError: a file is damaged.
+        """
+        known = {expert: self.names[expert] for expert in experts}
+        moments = {e: None if name is None else self.folder.measured(self.tensor, name) for e, name in known.items()}
+        return moments if any(moment is not None for moment in moments.values()) else None
 
 
 def moments_for_adapters(
@@ -92,16 +84,26 @@ def moments_for_adapters(
     warn: Warn,
     *,
     base: Tensor | None = None,
-) -> tuple[MomentsFolder, MeasuredTensor, Mapping[str, str | None]] | None:
-    """As `measured_moments_of_adapters`, of a recipe with `moments`, without reading the moments.
+) -> FoundMoments | None:
+    """What is measured of the inputs of one weight that adapters change; None where nothing is.
 
-    Returns:
-        the folder, what it has of the weight, and the name in it of each adapter; None where it has nothing of it.
+    Args:
+        name: of the weight.
+        shape: of the base's weight, as stored.
+        adapters: of the recipe, by name or path -> whether it changes the weight.
+        parameters: of the recipe.
+        warn: as of `with_measured_moments`.
+        base: the base's weight, where it is at hand: it must be the one that the moments were measured on.
+
+    Raises:
+        MomentsError: as `with_measured_moments`; or the moments were measured by the experts themselves.
     """
+    if not parameters.get("moments"):
+        return None
     found = _found(name, shape, adapters, parameters, warn)
     if found is None:
         return None
-    folder = found[0]
+    folder = found.folder
     if folder.index.by == "expert":
         raise MomentsError(
             f"{folder.folder} was measured by the experts themselves (--by expert), which cannot be told from others "
@@ -133,8 +135,8 @@ def measured_inputs(name: str, parameters: Mapping[str, Any]) -> int:
 
 def _found(
     name: str, shape: Sequence[int], experts: Mapping[str, bool], parameters: Mapping[str, Any], warn: Warn
-) -> tuple[MomentsFolder, MeasuredTensor, Mapping[str, str | None]] | None:
-    """The folder, what it has of a tensor, and the name in it of each expert; None where it has nothing of the tensor.
+) -> FoundMoments | None:
+    """What the recipe's folder has of a tensor; None where it has nothing of it.
 
     Args:
         name: of the tensor.
@@ -161,4 +163,4 @@ def _found(
     if tensor is None:
         LOG.info("%s: no measured second moments, estimated from the task vectors", name)
         return None
-    return folder, tensor, known
+    return FoundMoments(folder=folder, tensor=tensor, names=known)

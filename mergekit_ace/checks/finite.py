@@ -45,7 +45,7 @@ def _read_by_the_merge(plan: Plan) -> Iterator[tuple[int, PlannedTensor, ModelRe
     for tensor in plan.tensors:
         if is_buffer(tensor.name):
             continue
-        models = [model for model in (tensor.base, *_voting(tensor)) if model is not None and tensor.reads(model)]
+        models = [model for model in (tensor.base, *_with_weight(tensor)) if model is not None and tensor.reads(model)]
         header = next((header for model in models if (header := tensor.header(model)) is not None), None)
         kept = (
             header is not None
@@ -60,7 +60,7 @@ def _read_by_the_merge(plan: Plan) -> Iterator[tuple[int, PlannedTensor, ModelRe
                 yield found.bytes, tensor, model
 
 
-def _voting(tensor: PlannedTensor) -> Iterator[ModelReference]:
+def _with_weight(tensor: PlannedTensor) -> Iterator[ModelReference]:
     for model in tensor.experts:
         if tensor.input_parameters(model).get("weight") != 0:
             yield model

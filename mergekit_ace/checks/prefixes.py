@@ -54,7 +54,9 @@ def _other_beginning(missing: Sequence[str], held: Collection[str]) -> tuple[str
         return None
     (expected, found), count = pairs.most_common(1)[0]
     # A module beside the one that is missing, such as another layer, is none that was renamed.
-    others = [name for name in held if expected and name.startswith(expected) and not name.startswith(found or "\n")]
+    others = [
+        name for name in held if expected and name.startswith(expected) and not (found and name.startswith(found))
+    ]
     if count < len(missing) or not expected or others or any(map(str.isdigit, (expected + found).split("."))):
         return None
     if not found:

@@ -61,7 +61,7 @@ def write_files(plan: Plan, source: str, folder: Path, name: str) -> None:
     if tokenizer is not None:
         multiple = recipe.tokenizer.pad_to_multiple_of if recipe.tokenizer else None
         update_config_vocab(config, plan.architecture, tokenizer, pad_to_multiple_of=multiple)
-    _promise_what_is_stored(config, plan)
+    _name_the_stored_dtype(config, plan)
     config.save_pretrained(folder)
     if options.write_model_card:
         (folder / CARD).write_text(card(recipe, source, name), encoding="utf-8")
@@ -93,22 +93,22 @@ def write_files(plan: Plan, source: str, folder: Path, name: str) -> None:
     copy_tagalong_files(recipe, str(folder), files=plan.architecture.tagalong_files or [], options=options)
 
 
-def _promise_what_is_stored(config: PreTrainedConfig, plan: Plan) -> None:
+def _name_the_stored_dtype(config: PreTrainedConfig, plan: Plan) -> None:
     """Have a configuration name the dtype of most of the weights: transformers converts to what it names.
 
     mergekit takes over the base's where the recipe names none, whatever the tensors are stored in.
     """
-    promised = str(getattr(config, "dtype", None) or "").removeprefix("torch.")
+    named = str(getattr(config, "dtype", None) or "").removeprefix("torch.")
     sizes: Counter[torch.dtype] = Counter()
     for tensor in plan.tensors:
         if tensor.output is not None and tensor.output.dtype.is_floating_point:
             sizes[tensor.output.dtype] += tensor.output.bytes
-    if not promised or not sizes or (stored := str(sizes.most_common(1)[0][0]).removeprefix("torch.")) == promised:
+    if not named or not sizes or (stored := str(sizes.most_common(1)[0][0]).removeprefix("torch.")) == named:
         return
     LOG.warning(
-        "The base's config.json promises %s and the merged weights are %s, which the merged model's says. Set "
+        "The base's config.json names %s and the merged weights are %s, which the merged model's names. Set "
         "out_dtype for others.",
-        promised,
+        named,
         stored,
     )
     config.dtype = stored

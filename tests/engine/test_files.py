@@ -90,12 +90,12 @@ def test_the_configuration_names_the_dtype_of_the_weights(tmp_path: Path, invoke
     file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float16"}))
     result = invoke("merge", recipe, tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert "promises float16 and the merged weights are float32, which the merged model's says" in result.output
+    assert "names float16 and the merged weights are float32, which the merged model's names" in result.output
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
     assert invoke("verify", tmp_path / "out").exit_code == 0
     recipe.write_text(recipe.read_text() + "out_dtype: float16\n")
     result = invoke("merge", recipe, tmp_path / "half")
-    assert "promises" not in result.output
+    assert "config.json names" not in result.output
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "float16"
 
 

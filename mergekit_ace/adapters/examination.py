@@ -13,14 +13,14 @@ from mergekit_ace.adapters.effect import require_effect
 from mergekit_ace.adapters.from_recipe import request_of
 from mergekit_ace.adapters.merge import AdapterMerge, WeightReport
 from mergekit_ace.adapters.moments import check_moments
-from mergekit_ace.adapters.others import require_shapes
+from mergekit_ace.adapters.other_tensors import require_shapes
 from mergekit_ace.adapters.request import Request, model_name
 from mergekit_ace.adapters.truncation import Rank
 from mergekit_ace.checks.adapter_fit import check_fit
 from mergekit_ace.checks.adapters import check_known
 from mergekit_ace.checks.duplicates import check_duplicates
+from mergekit_ace.checks.moments_hint import suggest_moments
 from mergekit_ace.checks.spelling import check_keys, check_parameters
-from mergekit_ace.checks.unmeasured import suggest_moments
 from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.mergekit_internals import in_recipe_order
 from mergekit_ace.recipe.failures import READING, RecipeError, message_of

@@ -21,8 +21,8 @@ from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.matrix.expert import Expert, MeasuredMoment
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.advice import log_messages
-from mergekit_ace.methods.measured_moments import moments_for_adapters
-from mergekit_ace.methods.warnings import MergeWarnings
+from mergekit_ace.methods.tensors.measured_moments import moments_for_adapters
+from mergekit_ace.methods.tensors.warnings import MergeWarnings
 from mergekit_ace.policy import Treatment
 from mergekit_ace.printable import printable
 

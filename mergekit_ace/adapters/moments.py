@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from mergekit_ace.adapters.merge import AdapterMerge
 from mergekit_ace.adapters.request import Request, model_name
-from mergekit_ace.checks.measured import estimated, estimates_only, sampled, unusable
+from mergekit_ace.checks.moments import estimated, estimates_only, sampled, unusable
 from mergekit_ace.factors.model import Place
-from mergekit_ace.methods.measured_moments import moments_for_adapters
+from mergekit_ace.methods.tensors.measured_moments import moments_for_adapters
 from mergekit_ace.moments.index import MomentsError
 from mergekit_ace.moments.load import MomentsFolder
 from mergekit_ace.recipe.findings import Finding

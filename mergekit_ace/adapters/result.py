@@ -16,7 +16,7 @@ from torch import Tensor
 
 import mergekit_ace
 from mergekit_ace.adapters.merge import AdapterMerge, WeightReport
-from mergekit_ace.adapters.others import merged_biases, merged_replacements, merged_tokens
+from mergekit_ace.adapters.other_tensors import merged_biases, merged_replacements, merged_tokens
 from mergekit_ace.adapters.request import Request
 from mergekit_ace.factors.formats.diffusers import write_diffusers
 from mergekit_ace.factors.formats.kohya import write_kohya

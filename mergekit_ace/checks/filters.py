@@ -15,7 +15,7 @@ from mergekit.config import (
 )
 
 from mergekit_ace.recipe.findings import Finding
-from mergekit_ace.recipe.nearest import did_you_mean
+from mergekit_ace.recipe.nearest_name import did_you_mean
 from mergekit_ace.recipe.plan import Plan
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from mergekit.common import ModelReference
 
-from mergekit_ace.matrix.storage import first_look, roundings_of_the_base, storage_floors, storage_formats
+from mergekit_ace.matrix.storage_rounding import first_look, roundings_of_the_base, storage_floors, storage_formats
 from mergekit_ace.recipe.failures import READING
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.plan import Plan, PlannedTensor

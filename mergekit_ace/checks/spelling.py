@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from mergekit_ace.recipe.blocks import blocks_of
 from mergekit_ace.recipe.findings import Finding
-from mergekit_ace.recipe.nearest import did_you_mean, nearest
+from mergekit_ace.recipe.nearest_name import did_you_mean, nearest
 from mergekit_ace.recipe.parameter_values import parameters_of
 
 _MOST_NAMES = 3

@@ -22,13 +22,13 @@ from mergekit_ace.checks.filters import check_filters
 from mergekit_ace.checks.finite import check_finite
 from mergekit_ace.checks.kinship import check_kinship
 from mergekit_ace.checks.layers import check_layers
-from mergekit_ace.checks.measured import check_moments
+from mergekit_ace.checks.moments import check_moments
+from mergekit_ace.checks.moments_hint import suggest_moments
 from mergekit_ace.checks.quantized import check_quantization
-from mergekit_ace.checks.raw import check_raw, is_raw
+from mergekit_ace.checks.raw_recipes import check_raw, is_raw
 from mergekit_ace.checks.spelling import check_keys, check_parameters
 from mergekit_ace.checks.tensors import check_precision, check_tensors, check_treatments
 from mergekit_ace.checks.token_rows import check_token_rows
-from mergekit_ace.checks.unmeasured import suggest_moments
 from mergekit_ace.checks.unused import check_unused
 from mergekit_ace.checks.vocabularies import (
     check_chat_template,

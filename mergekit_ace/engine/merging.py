@@ -15,6 +15,7 @@ from mergekit_ace.checkpoints.fingerprint import file_digest
 from mergekit_ace.checks.unused import check_unused, require_all_used
 from mergekit_ace.engine import parts
 from mergekit_ace.engine.contents import require_each_once
+from mergekit_ace.engine.disk_space import require_space
 from mergekit_ace.engine.events import Noted, Planned, ShardMade, Warned, Watcher
 from mergekit_ace.engine.files import write_files, write_index
 from mergekit_ace.engine.part import Part
@@ -23,7 +24,6 @@ from mergekit_ace.engine.receipt import Notice, Receipt, read_receipts, remove_u
 from mergekit_ace.engine.record import write_record
 from mergekit_ace.engine.shard_maker import noticed
 from mergekit_ace.engine.shards import Shard, arranged, by_cost, of_part
-from mergekit_ace.engine.space import require_space
 from mergekit_ace.engine.workers.protocol import Workers
 from mergekit_ace.mergekit_internals import adapter_entry_name
 from mergekit_ace.recipe.adapter_cache import adapter_folder

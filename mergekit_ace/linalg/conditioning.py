@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mergekit_ace.linalg.draws import normal_numbers
+from mergekit_ace.linalg.random_draws import normal_numbers
 
 _STEPS = 24
 

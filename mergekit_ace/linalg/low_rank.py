@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mergekit_ace.linalg.draws import normal_numbers
 from mergekit_ace.linalg.precision import squared_norm, squared_norms
+from mergekit_ace.linalg.random_draws import normal_numbers
 from mergekit_ace.linalg.symmetric import gram
 
 _OVERSAMPLING = 8

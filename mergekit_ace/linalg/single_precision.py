@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_ace.linalg.draws import normal_numbers
+from mergekit_ace.linalg.random_draws import normal_numbers
 from mergekit_ace.linalg.symmetric import gram
 
 # The estimate has a deviation of a few percent with so many; each costs a product with one vector.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ace.linalg import bfloat16
-from mergekit_ace.linalg.draws import normal_numbers
+from mergekit_ace.linalg.random_draws import normal_numbers
 from mergekit_ace.matrix.budget import FOLLOWING, PRODUCTS, error_budget
 from mergekit_ace.matrix.decision import Decision
 from mergekit_ace.matrix.options import CovarianceOptions

@@ -15,7 +15,7 @@ from mergekit_ace.linalg.precision import require_full_float32, squared_norms, w
 from mergekit_ace.linalg.symmetric import add_gram_upper_, mirror_upper_
 from mergekit_ace.matrix.coordinates import Coordinates
 from mergekit_ace.matrix.expert import Expert, difference, require_finite_update, voting_experts
-from mergekit_ace.matrix.storage import (
+from mergekit_ace.matrix.storage_rounding import (
     COARSE_FORMATS,
     Formats,
     expected_rounding_energies,

@@ -28,18 +28,18 @@ from mergekit_ace.matrix.expert import require_finite_base
 from mergekit_ace.matrix.merge import MatrixMerge
 from mergekit_ace.matrix.options import Gate
 from mergekit_ace.matrix.task_vectors import TaskVectors
-from mergekit_ace.methods.adapter_factors import adapter_factors, known
 from mergekit_ace.methods.advice import Evidence, log_messages, table_merged_as_matrix
-from mergekit_ace.methods.device_failures import named, on_device_or_cpu
-from mergekit_ace.methods.lost_inputs import KnownInputs
-from mergekit_ace.methods.matrices import Matrix, inputs_last, matrices, weighted_experts
-from mergekit_ace.methods.measured_moments import with_measured_moments
-from mergekit_ace.methods.output_head import heads_of
 from mergekit_ace.methods.output_range import require_in_range
 from mergekit_ace.methods.parameters import LAMBDA, MOMENTS, RecipeParameter, common_parameters
-from mergekit_ace.methods.quantized_inputs import require_unquantized_models, require_unquantized_tensors
-from mergekit_ace.methods.treated_tensor import TreatedTensor
-from mergekit_ace.methods.warnings import MergeWarnings, begins_a_merge
+from mergekit_ace.methods.tensors.adapter_factors import adapter_factors, known
+from mergekit_ace.methods.tensors.device_failures import named, on_device_or_cpu
+from mergekit_ace.methods.tensors.lost_inputs import KnownInputs
+from mergekit_ace.methods.tensors.matrices import Matrix, inputs_last, matrices, weighted_experts
+from mergekit_ace.methods.tensors.measured_moments import with_measured_moments
+from mergekit_ace.methods.tensors.output_head import heads_of
+from mergekit_ace.methods.tensors.quantized_inputs import require_unquantized_models, require_unquantized_tensors
+from mergekit_ace.methods.tensors.treated_tensor import TreatedTensor
+from mergekit_ace.methods.tensors.warnings import MergeWarnings, begins_a_merge
 from mergekit_ace.policy import Choice, Heads, Treatment, is_embedding, treatment
 from mergekit_ace.printable import printable
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from mergekit_ace.methods.parameters import RecipeParameter
 from mergekit_ace.recipe.blocks import blocks_of
 from mergekit_ace.recipe.findings import Finding
-from mergekit_ace.recipe.nearest import nearest
+from mergekit_ace.recipe.nearest_name import nearest
 
 
 def parameters_of(document: Mapping[str, Any]) -> Mapping[str, ParameterSpec] | None:

@@ -10,7 +10,7 @@ from mergekit_ace.checkpoints.headers import TensorHeader
 from mergekit_ace.linalg.precision import working_dtype
 from mergekit_ace.matrix.workload import averaging_bytes, by_matrix_weights, unrefined_numbers, working_numbers
 from mergekit_ace.methods.layerwise import LayerwiseMethod
-from mergekit_ace.methods.measured_moments import measured_inputs
+from mergekit_ace.methods.tensors.measured_moments import measured_inputs
 from mergekit_ace.moments.index import MomentsError
 from mergekit_ace.policy import Treatment
 from mergekit_ace.recipe.arithmetic import Arithmetic, arithmetic_of

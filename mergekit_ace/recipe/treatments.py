@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mergekit_ace.methods.layerwise import LayerwiseMethod
-from mergekit_ace.methods.output_head import heads_of
+from mergekit_ace.methods.tensors.output_head import heads_of
 from mergekit_ace.policy import Treatment
 from mergekit_ace.recipe.plan import PlannedTensor
 

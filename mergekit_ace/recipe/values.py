@@ -15,7 +15,7 @@ from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig,
 from mergekit_ace.mergekit_internals import chat_template_names
 from mergekit_ace.recipe.blocks import Block, blocks_of
 from mergekit_ace.recipe.findings import Finding
-from mergekit_ace.recipe.nearest import did_you_mean
+from mergekit_ace.recipe.nearest_name import did_you_mean
 from mergekit_ace.recipe.roles import check_roles, models_of
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mergekit_ace.linalg import blocks, draws, precision
+from mergekit_ace.linalg import blocks, precision, random_draws
 from mergekit_ace.matrix.expert import Expert, MeasuredMoment
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.presets import ACE
@@ -34,7 +34,7 @@ BYTES_OF_SCALARS = 4096
 def merged_on_a_device(
     case: Case, shape: tuple[int, int], dtype: torch.dtype, experts: int = 3, rank: int | None = None
 ) -> PretendedAccelerator:
-    draws._drawn.cache_clear()
+    random_draws._drawn.cache_clear()
     with PretendedAccelerator():  # a device is asked for its precision once, not once a matrix
         precision._multiplies_in_full(torch.device("gpu:0"))
     base, updated = drawn(experts, *shape, dtype=dtype, rank=rank)

@@ -6,7 +6,7 @@ from mergekit_ace.factors.model import Factors
 from mergekit_ace.matrix.expert import Expert, MeasuredMoment
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.presets import ACE
-from mergekit_ace.methods.matrices import Matrix
+from mergekit_ace.methods.tensors.matrices import Matrix
 from mergekit_ace.moments.statistics import second_moment
 
 SIDE, RANK, TOKENS = 32, 2, 12

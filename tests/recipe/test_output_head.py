@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from mergekit.common import ModelReference
 
-from mergekit_ace.methods.output_head import heads_of
+from mergekit_ace.methods.tensors.output_head import heads_of
 from tests.checkpoints import add_adapter, make_suite
 
 

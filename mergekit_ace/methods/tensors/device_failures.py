@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mergekit_ace.methods.matrices import Matrix
+from mergekit_ace.methods.tensors.matrices import Matrix
 
 Step = Callable[[Matrix], tuple[Tensor, str]]
 

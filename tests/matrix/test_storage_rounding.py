@@ -7,7 +7,7 @@ from torch import Tensor
 
 import mergekit_ace
 from mergekit_ace.matrix.expert import Expert
-from mergekit_ace.matrix.storage import expected_rounding_energies, first_look, storage_floors, storage_formats
+from mergekit_ace.matrix.storage_rounding import expected_rounding_energies, first_look, storage_floors, storage_formats
 from mergekit_ace.matrix.task_vectors import TaskVectors
 
 METHODS = [method.name for method in mergekit_ace.METHODS]

@@ -207,7 +207,8 @@ def _held(
     shares = []
     for energy, lost, top in zip(energies, rounding, top_energies(updates, directions), strict=True):
         genuine = max(energy - lost, _LEAST_GENUINE * energy)
-        shares.append(min(1.0, max(0.0, top - within * lost) / genuine))
+        # A sample may have missed all of an update.
+        shares.append(min(1.0, max(0.0, top - within * lost) / genuine) if genuine > 0 else 1.0)
     return shares
 
 

@@ -1,10 +1,12 @@
 """Adapters and full fine-tunes are told apart whatever the format and the size of their updates."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
-from mergekit_ace.matrix.decision import low_rank_share, noise_share
+from mergekit_ace.matrix.decision import _weighted_mean, low_rank_share, noise_share
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.task_vectors import TaskVectors
 
@@ -61,6 +63,44 @@ def test_what_rounding_hides_comes_back_gradually() -> None:
     assert shares == sorted(shares)
     assert shares[-1] == 1
     assert sum(0 < share < 1 for share in shares) >= 2
+
+
+def test_a_sample_that_misses_an_update_is_no_estimate_of_it() -> None:
+    """Of 1100 rows every second one is sampled: an update of the others alone, and one with a little noise."""
+    side = 1100
+    base, adapter = 0.02 * normal(side, side, seed=1), normal(side, 4, seed=2) @ normal(4, side, seed=3)
+    adapter[::2] = 0.0
+    noise = 1e-3 * normal(side, side, seed=4)
+    full = normal(side, side, seed=5)
+    full[::2] = 0.0
+    for update, share in ((adapter, 1.0), (adapter + noise, 1.0), (full, 0.0)):
+        vectors = TaskVectors(base, [Expert(name="e", tensor=base + 1e-3 * update)])
+        assert low_rank_share(vectors) == share
+
+
+def test_a_mean_is_given_up_as_soon_as_it_cannot_be_reached() -> None:
+    """One expert after the other on a CPU, all at once on an accelerator, which is waited for once."""
+    values, asked = [0.9, 0.5, 0.7, 1.0], []
+
+    def some(experts: Sequence[int]) -> list[float]:
+        asked.append(list(experts))
+        return [values[t] for t in experts]
+
+    vectors = TaskVectors(torch.zeros(4, 4), [Expert(name=str(t), tensor=normal(4, 4, seed=t)) for t in range(4)])
+    assert _weighted_mean(vectors, some, enough=0.7) == pytest.approx(3.1 / 4)
+    assert asked == [[0], [1], [2], [3]]
+    asked.clear()
+    # 1 - (0.1 + 0.5) / 4 is 0.85 after two
+    assert _weighted_mean(vectors, some, enough=0.86) is None
+    assert asked == [[0], [1]]
+    asked.clear()
+    assert _weighted_mean(vectors.with_shares([0.4, 0.4, 2.8, 0.4]), some, enough=0.0) == pytest.approx(0.73)
+    vectors.base = torch.zeros(4, 4, device="meta")
+    asked.clear()
+    assert _weighted_mean(vectors, some, enough=0.86) is None
+    assert asked == [[0, 1, 2, 3]]
+    values[:] = [1.0, 1.0, 1.0, 1.0]
+    assert _weighted_mean(vectors, some, enough=1.0) is None
 
 
 @pytest.mark.parametrize(("m", "n", "directions"), [(512, 512, 64), (200, 800, 25), (800, 200, 10), (300, 300, 300)])

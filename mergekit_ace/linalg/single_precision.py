@@ -78,5 +78,6 @@ def _sensitivity(eigenvalues: Tensor, values: Tensor) -> Tensor:
 def _exchanged(spectrum: Tensor, k: int, squares: Tensor) -> Tensor:
     """What the directions above the cut take from those below it, and the reverse."""
     above, below = spectrum[:k, None], spectrum[k:].clamp(min=0)
-    moved = squares / (above - below).square()
-    return (moved.nan_to_num(nan=1.0, posinf=1.0).clamp(max=1) * (1 + below / above)).sum()
+    # `fmin` takes the number where the other is 0 / 0: of a tie and no error.
+    moved = torch.fmin(squares / (above - below).square(), spectrum.new_tensor(1.0))
+    return (moved * (1 + below / above)).sum()

@@ -125,7 +125,8 @@ def isometry_error(spectrum: Tensor, k: int, shape: tuple[int, int], error: floa
     variance = error**2 / (m * n)
     top, rest = spectrum[:k, None], spectrum[k:]
     apart = (top.square() - rest.square()).square()
-    exchanged = (2 * variance * (top.square() + rest.square()) / apart).nan_to_num(nan=2.0, posinf=2.0).clamp(max=2)
+    # `fmin` takes the number where the other is 0 / 0: of a tie and no error.
+    exchanged = torch.fmin(2 * variance * (top.square() + rest.square()) / apart, spectrum.new_tensor(2.0))
     among = 2 * variance / (top + top.T).square()
     beside = abs(m - n) * variance / top.square()
     return (exchanged.sum() + among.clamp(max=2).sum() + beside.clamp(max=2).sum()).sqrt()

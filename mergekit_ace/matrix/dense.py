@@ -23,8 +23,8 @@ class DenseEquations:
     """`X (system + P) = numerator`, with the prior's row where there is one."""
 
     name: str
-    system: Tensor | None
-    """`sum_t a_t Sbar_t`, `[n, n]`; None once it is factorized."""
+    system: Tensor
+    """`sum_t a_t Sbar_t`, `[n, n]`; deleted once it is factorized."""
     numerator: Tensor
     prior_row: Tensor | None
     ones: Tensor | None
@@ -36,9 +36,8 @@ class DenseEquations:
 
     def solve(self) -> Solution:
         """As `NormalEquations.solve`."""
-        assert self.system is not None
         factor = cholesky_factor(self.system, what=self.name)
-        self.system = None
+        del self.system
         condition = condition_number(factor) if diagnostics_wanted() else None
         weight = solve_right(self.numerator, factor)
         if self.prior_row is not None:

@@ -64,7 +64,7 @@ def regularize(
     if trace == 0 and (decision.trace_normalized or moment.epsilon == "auto"):
         return RegularizedMoment(scale=0.0, ridge=0.0, trace=0.0, squared_norm=0.0)
     if moment.epsilon != "auto":
-        return replace(_fixed(task_vectors, t, moment, decision), squared_norm=squared)
+        return replace(_fixed(task_vectors, t, moment.epsilon, moment, decision), squared_norm=squared)
     assert squared is not None
     return shrunk_ridge(
         trace=trace,
@@ -76,13 +76,15 @@ def regularize(
     )
 
 
-def _fixed(task_vectors: TaskVectors, t: int, moment: SecondMoment, decision: Decision) -> RegularizedMoment:
+def _fixed(
+    task_vectors: TaskVectors, t: int, given: float, moment: SecondMoment, decision: Decision
+) -> RegularizedMoment:
     """The fixed ridge of expert `t`; where that of some expert is beyond the dtype, all are divided by the largest.
 
     The solution does not depend on a common factor, and the residual does.
     """
     # `epsilon` is in units of the experts' own second moments.
-    epsilon = moment.epsilon / task_vectors.unit**2 if moment.epsilon != "auto" else 0.0
+    epsilon = given / task_vectors.unit**2
     traces = [found.centered_energy if moment.centered else found.energy for found in task_vectors.statistics]
     largest = epsilon / min(filter(None, traces)) if decision.trace_normalized else epsilon
     fixed = fixed_ridge(epsilon, trace=traces[t], normalize=decision.trace_normalized)
@@ -90,7 +92,7 @@ def _fixed(task_vectors: TaskVectors, t: int, moment: SecondMoment, decision: De
         return fixed
     if decision.refined_residual or not math.isfinite(largest):
         raise ValueError(
-            f"{task_vectors.name}: epsilon must leave ridges that {task_vectors.dtype} can hold; {moment.epsilon:.3g} "
+            f"{task_vectors.name}: epsilon must leave ridges that {task_vectors.dtype} can hold; {given:.3g} "
             f"makes one of {largest:.3g}. Set epsilon: auto, or a smaller one"
         )
     return replace(fixed, scale=fixed.scale / largest, ridge=fixed.ridge / largest)

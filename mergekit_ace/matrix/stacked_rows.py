@@ -51,8 +51,8 @@ class _StackedRows:
     """`X = numerator (ridge I + Y Y^T)^-1 Y`, and the prior's row where there is one, with `Y = diag(scaling) rows`."""
 
     name: str
-    inner: Tensor | None
-    """`Y Y^T`, `[q, q]`; None once it is factorized."""
+    inner: Tensor
+    """`Y Y^T`, `[q, q]`; deleted once it is factorized."""
     rows: Tensor
     """`[q, n]`."""
     scaling: Tensor
@@ -101,9 +101,8 @@ class _StackedRows:
 
     def solve(self) -> Solution:
         """As `NormalEquations.solve`."""
-        assert self.inner is not None
         factor = cholesky_factor(add_to_diagonal_(self.inner, self.ridge), what=self.name)
-        self.inner = None
+        del self.inner
         coefficients = solve_right(self.numerator, factor)
         weight, error = None, 0.0
         if self.error > 0:

@@ -219,7 +219,7 @@ def _lost_share(base: Tensor, expert: Tensor, storage: torch.dtype) -> Tensor:
     kept = torch.zeros_like(steps)
     for jump in range(_JUMPS):
         kept += 2 * torch.exp(-0.5 * ((jump + 0.5) * ratios).square())
-    kept = (ratios * kept * present).sum() / (math.sqrt(2 * math.pi) * count.clamp(min=1))
+    kept = (ratios * kept * present).sum() / count.clamp(min=1) / math.sqrt(2 * math.pi)
     share = 1 - kept.square() * variance / torch.where(usable, mean_square, 1.0)
     return torch.where(usable, share.clamp(min=0.0), 0.0)
 

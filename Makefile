@@ -2,7 +2,7 @@
 # make test-oldest    the tests, with the oldest versions of what we and mergekit build on (.venv-oldest)
 # make test-mergekit  mergekit's own tests, with the plugin and without it (network: fetches their source)
 # make test-browser   the inspection's page, in Chromium
-# make test-mutations  which changes of a line of the maths no test notices (hours; MUTANTS= for a part)
+# make test-mutations  which changes of a line of the maths no test notices (a sample; MUTANTS='--sample 400 --seed 5')
 # make docs     the pages of docs/, as site/; a dead link ends it
 # make clean    remove the environments
 
@@ -22,12 +22,12 @@ test: lint
 test-browser: install
 	$(BIN)/python -m pytest -m browser
 
-# Names of mutants or patterns of them, for a part: make test-mutations MUTANTS='mergekit_ace.linalg.cholesky*'
-MUTANTS ?=
+# Or names of mutants and patterns of them: make test-mutations MUTANTS='mergekit_ace.linalg.cholesky*'
+MUTANTS ?= --sample 100
 
 test-mutations: install
 	$(BIN)/python -m pip install --quiet 'mutmut>=3.8,<4'
-	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py run $(MUTANTS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutations.py $(MUTANTS)
 
 test-oldest:
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt .venv-oldest/.demo-installed

@@ -7,7 +7,10 @@ import torch
 from mergekit.merge_methods.api import merge_tensors
 from torch import Tensor
 
+from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.methods.ace import Ace
+from mergekit_ace.methods.tensors.device_failures import is_device_failure, named, on_device_or_cpu
+from mergekit_ace.methods.tensors.matrices import Matrix
 from tests.device.pretended import AVAILABLE, PretendedAccelerator
 from tests.family.cases import drawn
 
@@ -110,6 +113,125 @@ def test_what_fails_everywhere_names_the_tensor_and_a_remedy(
     assert "\n" not in str(raised.value)
     with pytest.raises(RuntimeError, match=rf"^{NAME}: .* on cpu"):
         merged(Ace(), tensors)
+
+
+CUBLAS = "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED"
+MESSAGES = [
+    (
+        RuntimeError(f"{NO_MEMORY} more"),
+        "not enough memory (CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`). Run without "
+        "--cuda and --read-to-gpu, or free memory; for an embedding table or output head, embeddings: base needs the "
+        "least, and embeddings: average little more.",
+        "not enough memory (CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`). Free memory; "
+        "for an embedding table or output head, embeddings: base needs the least, and embeddings: average little more.",
+    ),
+    (
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory.\nmore"),
+        "not enough memory ([enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory). Run without "
+        "--cuda and --read-to-gpu, or free memory; for an embedding table or output head, embeddings: base needs the "
+        "least, and embeddings: average little more.",
+        "not enough memory ([enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory). Free memory; "
+        "for an embedding table or output head, embeddings: base needs the least, and embeddings: average little more.",
+    ),
+    *(
+        (
+            RuntimeError(f"{words}. \nmore"),
+            f"{words}. Start the merge again, or run it without --cuda and --read-to-gpu.",
+            f"{words}. Start the merge again, or run it without --cuda and --read-to-gpu.",
+        )
+        for words in (CUBLAS, "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR", "HIP error: x", "XPU error: x")
+    ),
+    (
+        torch.linalg.LinAlgError("linalg.eigh: failed to converge"),
+        "linalg.eigh: failed to converge. Set matrices: average for this tensor by a filter.",
+        "linalg.eigh: failed to converge. Set matrices: average for this tensor by a filter.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("error", "on_device", "on_cpu"), MESSAGES)
+def test_what_is_said_of_a_failure(error: RuntimeError, on_device: str, on_cpu: str) -> None:
+    """By `named` itself: a tensor of the device `meta` has a shape and a dtype, and no need of an accelerator."""
+    assert is_device_failure(error)
+    for device, told in (
+        (
+            "meta",
+            f"w: a (2, 3) torch.float16 tensor could not be merged on meta, tried twice, nor on the CPU: {on_device}",
+        ),
+        ("cpu", f"w: a (2, 3) torch.float16 tensor could not be merged on cpu: {on_cpu}"),
+    ):
+        with pytest.raises(RuntimeError) as raised, named("w", torch.empty(2, 3, dtype=torch.float16, device=device)):
+            raise error
+        assert str(raised.value) == told
+        assert isinstance(raised.value, torch.OutOfMemoryError) == ("not enough memory" in told)
+        assert raised.value.__cause__ is error
+
+
+def test_other_errors_pass_as_they_are() -> None:
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    assert not is_device_failure(error)
+    with pytest.raises(RuntimeError) as raised, named("w", torch.empty(1)):
+        raise error
+    assert raised.value is error
+
+
+def test_on_a_cpu_nothing_is_tried_twice() -> None:
+    attempts, warned = [], []
+
+    def step(matrix: Matrix) -> tuple[Tensor, str]:
+        attempts.append(matrix)
+        raise torch.OutOfMemoryError("no")
+
+    matrix = Matrix(
+        name="w",
+        place=(),
+        base=torch.zeros(2, 3),
+        experts=(Expert(name="one", tensor=torch.ones(2, 3)),),
+    )
+    with pytest.raises(torch.OutOfMemoryError, match=r"^no$"):
+        on_device_or_cpu(step, matrix, lambda *told: warned.append(told))
+    assert len(attempts) == 1
+    assert warned == []
+    found = on_device_or_cpu(lambda given: (given.base + given.experts[0].tensor, "note"), matrix, lambda *_: None)
+    assert torch.equal(found[0], torch.ones(2, 3))
+    assert found[1] == "note"
+
+
+def test_an_error_of_another_kind_is_not_tried_again(tensors: list[Tensor]) -> None:
+    attempts = []
+
+    def step(matrix: Matrix) -> tuple[Tensor, str]:
+        attempts.append(matrix.base.device)
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with PretendedAccelerator() as accelerator:
+        base, one, *_ = (accelerator.place(tensor, "gpu:0") for tensor in tensors)
+        matrix = Matrix(name="w", place=(), base=base, experts=(Expert(name="one", tensor=one),))
+        with pytest.raises(RuntimeError, match="shapes"):
+            on_device_or_cpu(step, matrix, lambda *_: None)
+    assert attempts == [torch.device("gpu:0")]
+    assert accelerator.emptied == 0
+
+
+def test_the_first_reason_of_the_second_attempt_is_told(tensors: list[Tensor]) -> None:
+    """All of the matrix is on the device, then on the CPU, and the weight comes back."""
+    seen, warned = [], []
+
+    def step(matrix: Matrix) -> tuple[Tensor, str]:
+        seen.append([tensor.device.type for tensor in (matrix.base, *(expert.tensor for expert in matrix.experts))])
+        if len(seen) < 3:
+            raise torch.OutOfMemoryError(f"attempt {len(seen)}. \nmore")
+        return matrix.base, "note"
+
+    with PretendedAccelerator() as accelerator:
+        base, one, *_ = (accelerator.place(tensor, "gpu:0") for tensor in tensors)
+        matrix = Matrix(name="w", place=(), base=base, experts=(Expert(name="one", tensor=one),))
+        weight, note = on_device_or_cpu(step, matrix, lambda *told: warned.append(told))
+        assert weight.device == torch.device("gpu:0")
+    assert note == "note"
+    assert seen == [["gpu", "gpu"], ["gpu", "gpu"], ["cpu", "cpu"]]
+    assert warned == [("device", "w: gpu:0 failed twice (attempt 2), so this tensor was merged on the CPU")]
+    assert accelerator.emptied == 1
 
 
 def test_a_device_that_is_too_small_leaves_its_largest_tensors_to_the_cpu(

@@ -27,6 +27,7 @@ def test_a_product_is_taken_when_its_estimate_is_within_what_is_allowed() -> Non
     found, estimate = bfloat16.product_within(left, right, 1e9)
     assert found is not None
     assert float((found.double() - exact).norm()) == pytest.approx(estimate, rel=0.1)
+    assert bfloat16.product_within(left, right, estimate)[1] == estimate
     assert bfloat16.product_within(left, right, 0.99 * estimate) == (None, 0.0)
     assert bfloat16.product_within(left, right, 0.1 * estimate) == (None, 0.0)
 
@@ -50,7 +51,7 @@ def test_a_tall_product_is_estimated_from_some_of_its_rows(monkeypatch: pytest.M
     monkeypatch.setattr(bfloat16, "_ENOUGH", 400)
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(1500, 40, generator=generator), torch.randn(40, 50, generator=generator)
-    assert bfloat16.row_step(left) == 3
+    assert [bfloat16.row_step(left[:rows]) for rows in (300, 799, 800, 1199, 1500)] == [1, 1, 2, 2, 3]
     found, estimate = bfloat16.product_within(left, right, 1e9)
     assert found is not None
     error = float((found.double() - left.double() @ right.double()).norm())
@@ -64,6 +65,9 @@ def test_they_are_chosen_by_what_the_processor_can_do(monkeypatch: pytest.Monkey
         assert bfloat16.is_faster(CPU, 512, 256) is expected
         assert not bfloat16.is_faster(CPU, 512, 255)
         assert not bfloat16.is_faster(torch.device("cuda"), 512, 512)
+    bfloat16._multiplies.cache_clear()
+    with torch.device("meta"):
+        assert bfloat16.is_faster(CPU, 512, 512)
     bfloat16._multiplies.cache_clear()
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert not bfloat16.is_faster(CPU, 512, 512)

@@ -1,5 +1,8 @@
 """Positive definite systems: exact answers, forced failures, and what is said of them."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -30,12 +33,35 @@ def test_rounding_below_zero_is_lifted_and_said() -> None:
 
 def test_an_indefinite_system_is_an_error_that_names_it() -> None:
     matrix = torch.diag(torch.tensor([1.0, -0.5, 1.0]))
-    with pytest.raises(FactorizationError, match=r"layers.3.q_proj.*positive definite.*Raise epsilon"):
+    with pytest.raises(FactorizationError) as raised:
         cholesky_factor(matrix, what="layers.3.q_proj")
+    # Of the mean diagonal, 2.5 / 3, times the unit of float32 and ten to the fifth.
+    assert str(raised.value) == (
+        "layers.3.q_proj: a (3, 3) system must be positive definite; it is not, even with 9.9e-03 on its diagonal "
+        "(mean 8.3e-01). Raise epsilon."
+    )
+
+
+@pytest.mark.parametrize("power", [1, 2, 3, 4, 5])
+def test_the_smallest_jitter_that_helps_is_added(power: int) -> None:
+    """Ten times the unit of rounding of the mean diagonal, and ten times as much up to five times."""
+    unit = torch.finfo(torch.float32).eps
+    matrix = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.5 * 10**power * unit]))
+    level = float(matrix.diagonal().abs().mean())
+    told = rf"^q: not positive definite in torch\.float32; {level * unit * 10**power:.1e} was added to its diagonal "
+    with pytest.warns(
+        RuntimeWarning, match=re.escape(f"(mean {level:.1e}). A larger epsilon avoids this.") + "$"
+    ) as seen:
+        factor = cholesky_factor(matrix, what="q")
+    assert re.match(told, str(seen[0].message))
+    # Of the caller, not of the line that warns.
+    assert Path(seen[0].filename).name != "cholesky.py"
+    torch.testing.assert_close(factor @ factor.T, matrix + level * unit * 10**power * torch.eye(4))
 
 
 def test_nan_is_an_error_and_not_a_jitter() -> None:
     matrix = torch.eye(3)
     matrix[1, 1] = float("nan")
-    with pytest.raises(FactorizationError, match="must be finite"):
+    with pytest.raises(FactorizationError) as raised:
         cholesky_factor(matrix, what="q_proj")
+    assert str(raised.value) == "q_proj: a (3, 3) system must be finite to be solved; got NaN or infinity"

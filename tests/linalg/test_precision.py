@@ -31,6 +31,7 @@ if EACH_BACKEND:
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
+    precision._multiplies_in_full.cache_clear()
     yield
     torch.set_float32_matmul_precision("highest")
     precision._multiplies_in_full.cache_clear()
@@ -79,6 +80,68 @@ def test_torchs_variable_is_named_with_what_undoes_it() -> None:
     assert done.returncode == 1
     assert "has TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1: run `unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`" in done.stderr
     assert "set_float32_matmul_precision" not in done.stderr
+
+
+NEEDED = "float32 matrix products must run in full precision to merge by covariance; got "
+
+
+def told(device: torch.device) -> str:
+    with pytest.raises(RuntimeError) as raised:
+        require_full_float32(device)
+    return str(raised.value)
+
+
+def test_what_is_said_of_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = "Call torch.set_float32_matmul_precision('highest') before the merge."
+    monkeypatch.delenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", raising=False)
+    for word in ("high", "medium"):
+        torch.set_float32_matmul_precision(word)
+        assert told(CPU) == f"{NEEDED}float32 matmul precision {word!r}. {call}"
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "")
+    assert told(CPU).endswith(call)
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
+    assert told(CPU) == (
+        f"{NEEDED}float32 matmul precision 'medium'. The environment has TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1: run "
+        "`unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE` and start the merge again."
+    )
+
+
+@pytest.mark.skipif(not EACH_BACKEND, reason="this torch has one switch for all backends")
+def test_what_is_said_of_one_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", raising=False)
+    lower_mkldnn()
+    assert told(CPU) == (
+        f"{NEEDED}torch.backends.mkldnn.matmul.fp32_precision = 'bf16'. "
+        "Call torch.set_float32_matmul_precision('highest') before the merge."
+    )
+
+
+def test_what_is_said_of_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_multiplies_in_full", lambda device: False)
+    variables = ("NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
+    for name in variables:
+        monkeypatch.delenv(name, raising=False)
+    product = f"{NEEDED}a product on cpu with 11 bits or fewer. "
+    assert told(CPU) == (
+        f"{product}Unset what forces it (NVIDIA_TF32_OVERRIDE, ONEDNN_DEFAULT_FPMATH_MODE, DNNL_DEFAULT_FPMATH_MODE "
+        "are known to), or merge on another device."
+    )
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+    monkeypatch.setenv("DNNL_DEFAULT_FPMATH_MODE", "a=b")
+    assert told(CPU) == (
+        f"{product}The environment has ONEDNN_DEFAULT_FPMATH_MODE=BF16, DNNL_DEFAULT_FPMATH_MODE=a=b: run "
+        "`unset ONEDNN_DEFAULT_FPMATH_MODE DNNL_DEFAULT_FPMATH_MODE` and start the merge again."
+    )
+
+
+@pytest.mark.parametrize(("entry", "full"), [(1 + 2**-12, True), (1.0, False), (1 + 2**-13, False)])
+def test_a_product_is_full_where_the_bit_of_the_square_is_there(
+    entry: float, full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a device makes of the factors: the square of 1 + 2^-12 is 1 + 2^-11 and a little."""
+    original = torch.full
+    monkeypatch.setattr(torch, "full", lambda size, value, **given: original(size, entry, **given))
+    assert precision._multiplies_in_full(CPU) is full
 
 
 def test_a_variable_that_is_off_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:

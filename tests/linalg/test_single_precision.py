@@ -88,5 +88,6 @@ def test_products_of_the_vectors_are_in_bfloat16_where_the_error_allows_it(
         assert error <= allowed
         if error > 1e-3 * float(exact.norm()):
             rough += 1
+            assert top.products == "bfloat16"
             assert error == pytest.approx(top.estimated_error, rel=0.1)
     assert rough >= 1

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mergekit_ace.linalg.symmetric import add_gram_upper_, add_to_diagonal_, gram, mirror_upper_
+from mergekit_ace.linalg.symmetric import _blocks_of, add_gram_upper_, add_to_diagonal_, gram, mirror_upper_
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 1), (1, 5), (7, 191), (30, 500), (900, 450)])
@@ -14,6 +14,21 @@ def test_gram_is_the_product_and_exactly_symmetric(shape: tuple[int, int], dtype
     assert torch.equal(product, product.T)
     torch.testing.assert_close(product, rows.T @ rows)
     torch.testing.assert_close(gram(rows.mT), rows @ rows.T)
+
+
+def test_blocks_are_small_on_a_cpu_and_few_on_an_accelerator() -> None:
+    """On the diagonal; the others are beside them."""
+
+    def sides(device: str, size: int) -> list[int]:
+        found = list(_blocks_of(torch.empty(size, size, device=device)))
+        assert len(found) == 2 * sum(above == beside for above, beside in found) - 1
+        return [above.stop - above.start for above, beside in found if above == beside]
+
+    assert sides("cpu", 383) == [383]
+    assert sides("cpu", 384) == [192, 192]
+    assert sides("cpu", 2000) == [250] * 8
+    assert sides("meta", 383) == [383]
+    assert sides("meta", 2000) == [500] * 4
 
 
 def test_scaled_products_accumulate() -> None:

@@ -7,7 +7,16 @@ from torch import Tensor
 
 import mergekit_ace
 from mergekit_ace.matrix.expert import Expert
-from mergekit_ace.matrix.storage_rounding import expected_rounding_energies, first_look, storage_floors, storage_formats
+from mergekit_ace.matrix.storage_rounding import (
+    COARSE_FORMATS,
+    _first_values,
+    _steps,
+    expected_rounding_energies,
+    first_look,
+    rounding_energy,
+    storage_floors,
+    storage_formats,
+)
 from mergekit_ace.matrix.task_vectors import TaskVectors
 
 METHODS = [method.name for method in mergekit_ace.METHODS]
@@ -161,3 +170,73 @@ def test_a_weight_of_zero_has_the_smallest_step() -> None:
     tuned[::2] = 0.0
     half = float((tuned[1::2].double() - fine_tuned(base)[1::2].double()).square().sum())
     assert expected_rounding_energy(base, tuned) == pytest.approx(half, rel=0.1)
+
+
+def test_the_rounding_of_an_update_of_many_steps_is_a_twelfth_of_each_squared() -> None:
+    """Both on the grid: weights between 1 and 2, whose neighbors in bfloat16 are `2^-7` apart."""
+    generator = torch.Generator().manual_seed(0)
+    step = 2.0**-7
+    base = (1 + step * torch.randint(40, 80, (200,), generator=generator)).bfloat16()
+    expert = (base.float() + step * torch.randint(-30, 31, (200,), generator=generator)).bfloat16()
+    expert = expert.float().clamp(1.0, 2 - step).bfloat16()
+    assert expected_rounding_energy(base, expert) == pytest.approx(200 * step**2 / 12, rel=1e-6)
+    # Padding of the base is no weight, whatever the expert has there: neither counts.
+    padded, filled = torch.cat([base, torch.zeros(300).bfloat16()]), torch.cat([expert, torch.zeros(300).bfloat16()])
+    assert expected_rounding_energy(padded, filled) == pytest.approx(200 * step**2 / 12, rel=1e-6)
+
+
+def test_steps_are_those_between_neighbors() -> None:
+    values = torch.tensor([1.0, 1.5, -2.0, 3.99, 0.0, 2.0**-14, 2.0**-20, -0.3])
+    for storage, digits in ((torch.bfloat16, 7), (torch.float16, 10)):
+        smallest = torch.finfo(storage).smallest_normal * 2.0**-digits
+        powers = [1.0, 1.0, 2.0, 2.0, 0.0, 2.0**-14, 2.0**-20, 0.25]
+        expected = [max(power * 2.0**-digits, smallest) for power in powers]
+        assert _steps(values, storage).tolist() == expected
+
+
+def test_which_formats_hold_all_values_of_a_tensor() -> None:
+    bf16, fp16 = COARSE_FORMATS
+    small = torch.tensor([1.0, -0.5])
+    assert formats(small, small.double(), small.half(), small.bfloat16()) == [
+        (bf16, fp16),
+        (bf16, fp16),
+        (bf16, fp16),
+        # Its own alone, the coarsest.
+        (bf16,),
+    ]
+    assert formats(torch.tensor([1 + 2**-10]), torch.tensor([1 + 2**-10]).half()) == [(fp16,), (fp16,)]
+    assert formats(torch.tensor([2.0**100]), torch.tensor([1 + 2**-12])) == [(bf16,), ()]
+
+
+def test_the_first_look_is_at_4096_values() -> None:
+    for shape in ((10_000,), (10_000, 1), (3, 10_000), (100, 300), (5, 50, 60)):
+        values = torch.arange(float(torch.Size(shape).numel())).view(shape)
+        assert torch.equal(_first_values(values), torch.arange(4096.0))
+    assert _first_values(torch.ones(())).tolist() == [1.0]
+    assert len(_first_values(torch.ones(5, 0))) == 0
+
+
+def test_floors_of_formats() -> None:
+    base = weights((96, 64), seed=1)
+    lost = {storage: float((base.to(storage).double() - base.double()).square().sum()) for storage in COARSE_FORMATS}
+    bf16, fp16 = COARSE_FORMATS
+    floors = storage_floors(base, (), [(), (bf16,), (fp16,), (bf16, fp16)])
+    assert [storage for _, storage in floors] == [None, bf16, fp16, bf16]
+    expected = [0.0, 1.1 * lost[bf16], 1.1 * lost[fp16], 1.1 * lost[bf16]]
+    assert [energy for energy, _ in floors] == pytest.approx(expected)
+    # A format that the base has is no coarser one, nor is any of a base in 16 bits; what it cannot hold is no floor.
+    assert storage_floors(base, (fp16,), [(fp16,), (bf16,)])[0] == (0.0, None)
+    assert storage_floors(base.half(), (fp16,), [(bf16,)]) == [(0.0, None)]
+    beyond = torch.full((4,), 1e6)
+    assert storage_floors(beyond, (), [(fp16,)]) == [(0.0, None)]
+
+
+def test_the_rounding_of_a_sample_stands_for_all() -> None:
+    values = weights((700, 300), seed=3)
+    for storage in COARSE_FORMATS:
+        real = float((values.to(storage).double() - values.double()).square().sum())
+        assert float(rounding_energy(values, storage)) == pytest.approx(real, rel=0.02)
+    # All 8 have the step 2^-7 of bfloat16 between 1 and 2.
+    assert float(rounding_energy(torch.ones(8), torch.bfloat16)) == pytest.approx(8 * 2.0**-14 / 12)
+    assert float(rounding_energy(torch.ones(1), torch.bfloat16)) == pytest.approx(2.0**-14 / 12)
+    assert float(rounding_energy(torch.ones(0), torch.bfloat16)) == 0.0

@@ -3,9 +3,11 @@
 import json
 import re
 from importlib import resources
+from typing import Any
 
 import pytest
 
+from mergekit_ace import policy
 from mergekit_ace.policy import Heads, is_embedding, treatment
 from tests.zoo.owners import Owned, owned, read
 
@@ -132,6 +134,58 @@ def test_every_table_of_mergekits_architectures_is_one() -> None:
 def test_names_of_reports(name: str, shape: tuple[int, ...], kind: str, matrices: str) -> None:
     wanted = "base" if kind in ("matrix", "stack") and matrices == "base" else kind
     assert treatment(name, shape, matrices=matrices).kind == wanted  # type: ignore[arg-type]
+
+
+REASONS = [
+    ("model.rotary_emb.inv_freq", (64,), {}, "buffer", "a buffer, not a weight"),
+    ("lm_head.weight", (9, 4), {"embeddings": "auto", "heads": "named"}, "head", policy.HEAD_REASON),
+    ("wte.weight", (9, 4), {}, "average", "embedding table or output head (embeddings: average)"),
+    ("wte.weight", (9, 4), {"embeddings": "base"}, "base", "embedding table or output head (embeddings: base)"),
+    ("wte.weight", (9, 4), {"embeddings": "method"}, "matrix", "matrix"),
+    ("lm_head.weight", (9, 4), {"embeddings": "auto"}, "average", "embedding table or output head (embeddings: auto)"),
+    (
+        "lm_head.weight",
+        (2, 9, 4),
+        {"embeddings": "auto", "heads": "named"},
+        "average",
+        "embedding table or output head (embeddings: auto)",
+    ),
+    ("text_projection", (4, 4), {}, "average", "CLIP's text projection, averaged as published"),
+    ("a.weight", (0, 4), {}, "base", "empty"),
+    ("a.weight", (4, 0), {}, "base", "empty"),
+    ("mamba.A_log", (4, 4), {}, "average", "state-space decay rates, not a linear map"),
+    ("attention.bias", (4, 4), {}, "average", "vectors side by side, not a linear map"),
+    ("attention.bias", (4,), {}, "average", "vector or scalar"),
+    ("a.weight", (4, 4), {"matrices": "base"}, "base", "matrix (matrices: base)"),
+    ("a.weight", (4, 4), {"matrices": "average"}, "average", "matrix (matrices: average)"),
+    ("mlp.experts.up", (3, 4, 4), {"matrices": "average"}, "average", "matrix (matrices: average)"),
+    ("mlp.experts.up", (3, 4, 4), {}, "stack", "stacked expert matrices, slice by slice"),
+    ("a.weight", (4,), {"matrices": "base"}, "average", "vector or scalar"),
+    ("a.weight", (), {}, "average", "vector or scalar"),
+    ("a.weight", (3, 4, 4), {}, "average", "convolution kernel or table"),
+    ("a.weight", (1, 4), {}, "average", "a single row"),
+    ("a.weight", (4, 1), {}, "matrix", "matrix"),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "choices", "kind", "reason"), REASONS)
+def test_reasons(name: str, shape: tuple[int, ...], choices: dict[str, Any], kind: str, reason: str) -> None:
+    assert treatment(name, shape, **choices) == policy.Treatment(kind=kind, reason=reason)  # type: ignore[arg-type]
+
+
+def test_the_vocabulary_axis_makes_a_table_of_any_name() -> None:
+    assert is_embedding("model.layers.0.q_proj.weight", 0)
+    assert is_embedding("model.layers.0.q_proj.weight", 1)
+    assert not is_embedding("model.layers.0.q_proj.weight", None)
+    # One of a list of tables is told by the list.
+    assert is_embedding("model.codebook.3.weight", None)
+    assert is_embedding("model.embeddings.3.weights", None)
+    assert not is_embedding("model.embeddings.proj.3.weight", None)
+    assert policy.is_output_head("lm_head.weights", None, "named")
+    assert policy.is_output_head("wte.weight", 0, "tied")
+    assert not policy.is_output_head("wte.weight", None, "tied")
+    assert not policy.is_output_head("wte.weight", 0, "named")
+    assert not policy.is_output_head("lm_head.weight", 0, "none")
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def swudi(layer: Layer) -> Merge:
 
     def merge() -> Tensor:
         experts = [Expert(name=str(t), tensor=tensor) for t, tensor in enumerate(layer.experts)]
-        return flow_interference(TaskVectors(layer.base, experts), time=_FLOW_TIME)
+        return flow_interference(TaskVectors(layer.base, experts), time=_FLOW_TIME, start="sum")
 
     return merge
 

@@ -79,5 +79,5 @@ def _exchanged(spectrum: Tensor, k: int, squares: Tensor) -> Tensor:
     """What the directions above the cut take from those below it, and the reverse."""
     above, below = spectrum[:k, None], spectrum[k:].clamp(min=0)
     # `fmin` takes the number where the other is 0 / 0: of a tie and no error.
-    moved = torch.fmin(squares / (above - below).square(), spectrum.new_tensor(1.0))
+    moved = torch.fmin(squares / (above - below).square(), spectrum.new_full((), 1.0))
     return (moved * (1 + below / above)).sum()

@@ -126,7 +126,7 @@ def isometry_error(spectrum: Tensor, k: int, shape: tuple[int, int], error: floa
     top, rest = spectrum[:k, None], spectrum[k:]
     apart = (top.square() - rest.square()).square()
     # `fmin` takes the number where the other is 0 / 0: of a tie and no error.
-    exchanged = torch.fmin(2 * variance * (top.square() + rest.square()) / apart, spectrum.new_tensor(2.0))
+    exchanged = torch.fmin(2 * variance * (top.square() + rest.square()) / apart, spectrum.new_full((), 2.0))
     among = 2 * variance / (top + top.T).square()
     beside = abs(m - n) * variance / top.square()
     return (exchanged.sum() + among.clamp(max=2).sum() + beside.clamp(max=2).sum()).sqrt()

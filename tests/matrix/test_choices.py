@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_ace.linalg import bfloat16
+from mergekit_ace.linalg import bfloat16, low_rank
 from mergekit_ace.matrix import dense, from_reference, matrix_weights, merge, rough_moments, stacked_rows
 from mergekit_ace.matrix.budget import FOLLOWING, PRODUCTS, SHARE_OF_ROUNDING, error_budget
 from mergekit_ace.matrix.decision import decide
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.options import Bounds
-from mergekit_ace.matrix.presets import ACE, ACTMAT
+from mergekit_ace.matrix.presets import ACE, ACTMAT, with_epsilon
 from mergekit_ace.matrix.row_factors import row_factors
 from mergekit_ace.matrix.second_moment import RegularizedMoment
 from mergekit_ace.matrix.task_vectors import TaskVectors
@@ -89,6 +89,15 @@ def test_adapters_are_as_many_rows_as_their_ranks() -> None:
     assert row_factors(stored(adapter_updates(280, 264, 3, rank=45)), center=False) is None
 
 
+def test_a_rank_that_is_known_to_be_low_is_not_doubted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No look at a few rows, which may hold more directions than the update has on the whole."""
+    vectors = layer(adapter_updates(280, 260, 3, rank=5))
+    monkeypatch.setattr(low_rank, "_corner_is_full", lambda rows, most: True)
+    assert row_factors(vectors, center=False, low_rank=1.0) is not None
+    assert row_factors(vectors, center=False, low_rank=0.1) is not None
+    assert row_factors(vectors, center=False) is None
+
+
 def test_centered_rows_remember_their_means() -> None:
     vectors = layer(steep_updates(8, 64, 3))
     factors = row_factors(vectors, center=True)
@@ -145,6 +154,29 @@ def test_moments_are_rounded_in_tall_matrices_of_small_updates(monkeypatch: pyte
     assert rough_moments.allowed_error(large, ACE, decision) == 0.0
     in_bfloat16(monkeypatch, smallest=161)
     assert rough_moments.allowed_error(vectors, ACE, decision) == 0.0
+
+
+@pytest.mark.parametrize("weights", [(1.0, 3.0, 2.0), (3.0, 1.0, 2.0), (1.0, 1.0, 1.0)])
+def test_the_matrix_weights_are_of_what_differs_from_the_expert_that_weighs_most(
+    weights: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of equal weights from the longest update."""
+    used = []
+    original = matrix_weights._Differences
+
+    def differences(tensor: Tensor, reference: Tensor, vectors: TaskVectors) -> object:
+        used.append((tensor, reference))
+        return original(tensor, reference, vectors)
+
+    monkeypatch.setattr(matrix_weights, "_Differences", differences)
+    monkeypatch.setattr(merge, "assemble", matrix_weights.assemble_matrix_weights)
+    plain = layer(steep_updates(60, 20, 3, spread=0.5))
+    experts = [replace(expert, weight=weight) for expert, weight in zip(plain.experts, weights, strict=True)]
+    merge_by_covariance(TaskVectors(plain.base, experts), with_epsilon(SOLVED, 1e-6))
+    heaviest = weights.index(max(weights))
+    others = [t for t in range(3) if t != heaviest]
+    assert [tensor is experts[t].tensor for (tensor, _), t in zip(used, others, strict=True)] == [True, True]
+    assert all(reference is experts[heaviest].tensor for _, reference in used)
 
 
 @pytest.mark.parametrize("size", [1e-4, 1e4])

@@ -97,11 +97,11 @@ def test_products_in_bfloat16(shape: tuple[int, int], monkeypatch: pytest.Monkey
 
 PEERS: dict[str, Callable[[TaskVectors], Tensor]] = {
     "cart": lambda vectors: merge_centered_low_rank(vectors, rank_fraction=0.2, scale=1.0),
-    "iso_c": merge_isotropic,
-    "iso_cts": lambda vectors: merge_isotropic_subspaces(vectors, common_fraction=0.5),
+    "iso_c": lambda vectors: merge_isotropic(vectors, mean_over="existing"),
+    "iso_cts": lambda vectors: merge_isotropic_subspaces(vectors, common_fraction=0.5, mean_over="all"),
     "tsv_m": merge_without_moments,
     "adam": lambda vectors: descend_interference(vectors, steps=2, learning_rate=1e-3),
-    "flow": lambda vectors: flow_interference(vectors, time=300.0),
+    "flow": lambda vectors: flow_interference(vectors, time=300.0, start="sum"),
 }
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mergekit_ace.matrix import decision
 from mergekit_ace.matrix.decision import _weighted_mean, low_rank_share, noise_share
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.task_vectors import TaskVectors
@@ -76,6 +77,23 @@ def test_a_sample_that_misses_an_update_is_no_estimate_of_it() -> None:
     for update, share in ((adapter, 1.0), (adapter + noise, 1.0), (full, 0.0)):
         vectors = TaskVectors(base, [Expert(name="e", tensor=base + 1e-3 * update)])
         assert low_rank_share(vectors) == share
+
+
+def test_the_sample_has_sides_of_a_limited_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the smaller side so many rows or columns at most, of the larger one twice as many."""
+    monkeypatch.setattr(decision, "_SAMPLED", (16, 32))
+    steps = []
+    original = TaskVectors.sample
+
+    def sample(self: TaskVectors, t: int, *, row_step: int, column_step: int) -> Tensor:
+        steps.append((row_step, column_step))
+        return original(self, t, row_step=row_step, column_step=column_step)
+
+    monkeypatch.setattr(TaskVectors, "sample", sample)
+    for shape in ((40, 100), (100, 40), (40, 40), (17, 32), (16, 100)):
+        base, update = torch.zeros(shape), normal(*shape, seed=1)
+        low_rank_share(TaskVectors(base, [Expert(name="e", tensor=update)]))
+    assert steps == [(3, 4), (4, 3), (3, 3), (2, 1)]
 
 
 def test_a_mean_is_given_up_as_soon_as_it_cannot_be_reached() -> None:

@@ -16,7 +16,7 @@ MeanOver = Literal["existing", "all"]
 others in the mean, what is merged is some percent as long as one update."""
 
 
-def merge_isotropic(task_vectors: TaskVectors, *, mean_over: MeanOver = "existing") -> Tensor:
+def merge_isotropic(task_vectors: TaskVectors, *, mean_over: MeanOver) -> Tensor:
     """Iso-C: `mean(s) U V^T` of `sum_t a_t D_t = U diag(s) V^T`.
 
     The mean is over the singular values of the sum's numerical rank, or over all `min(m, n)` as in the paper: the same
@@ -38,9 +38,7 @@ def merge_isotropic(task_vectors: TaskVectors, *, mean_over: MeanOver = "existin
     return spectrum.partial_isometry.mul_(float(spectrum.singular_values.sum()) / max(1, counted))
 
 
-def merge_isotropic_subspaces(
-    task_vectors: TaskVectors, *, common_fraction: float, mean_over: MeanOver = "existing"
-) -> Tensor:
+def merge_isotropic_subspaces(task_vectors: TaskVectors, *, common_fraction: float, mean_over: MeanOver) -> Tensor:
     """Iso-CTS: `mean(s) polar([U_c U_1 .. U_T]) polar([V_c V_1 .. V_T])^T`, common and own directions.
 
     `U_c, s_c, V_c` are the top `c = floor(common_fraction * r)` singular triples of `sum_t a_t D_t`, `r = min(m, n)`;

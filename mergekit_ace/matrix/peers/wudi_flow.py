@@ -14,7 +14,7 @@ from mergekit_ace.matrix.task_vectors import TaskVectors
 Start = Literal["sum", "average"]
 
 
-def flow_interference(task_vectors: TaskVectors, *, time: float, start: Start = "sum") -> Tensor:
+def flow_interference(task_vectors: TaskVectors, *, time: float, start: Start) -> Tensor:
     """The gradient flow of `1/2 sum_t a_t ||(X - D_t) D_t^T||_F^2 / ||D_t||_F^2` from `X_0`, after a time.
 
         X = X_0 exp(-s C) + N C^-1 (1 - exp(-s C))

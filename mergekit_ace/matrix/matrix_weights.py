@@ -218,7 +218,7 @@ def allowed_error(task_vectors: TaskVectors, options: CovarianceOptions) -> floa
     is known before anything is multiplied: weights are rounded, and the product, the differences hardly.
     """
     m, n = task_vectors.buffer_shape
-    if options.precision == "full" or not bfloat16.is_faster(task_vectors.base.device, m, n):
+    if not bfloat16.is_faster(task_vectors.base.device, m, n):
         return 0.0
     *others, (largest, _) = sorted(zip(task_vectors.energies, task_vectors.shares, strict=True))
     squared: float = math.fsum(share * (energy + largest) for energy, share in others) / len(task_vectors)

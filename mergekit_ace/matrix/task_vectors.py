@@ -225,7 +225,7 @@ class TaskVectors:
         rounded = product.bfloat16() if rough else None
         for rows in self.row_panels():
             if rounded is None:
-                add_gram_upper_(product, self.rows(t, rows), keep=0.0 if rows.start == 0 else 1.0)
+                add_gram_upper_(product, self.rows(t, rows))
             else:
                 product.add_(add_gram_upper_(rounded, self.rows(t, rows).bfloat16(), keep=0.0))
         return mirror_upper_(product)

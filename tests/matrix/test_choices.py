@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -154,6 +155,23 @@ def test_moments_are_rounded_in_tall_matrices_of_small_updates(monkeypatch: pyte
     assert rough_moments.allowed_error(large, ACE, decision) == 0.0
     in_bfloat16(monkeypatch, smallest=161)
     assert rough_moments.allowed_error(vectors, ACE, decision) == 0.0
+
+
+@pytest.mark.parametrize(("m", "rough"), [(200, False), (320, True)])
+def test_moments_and_products_share_the_error_that_is_allowed(
+    m: int, rough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of its square each, where both are rounded."""
+    in_bfloat16(monkeypatch)
+    vectors = task_vectors((m, 160), 0.0003, "of a fine-tune", torch.bfloat16)
+    equations: Any = matrix_weights.assemble_matrix_weights(vectors, ACE, decide(vectors, ACE))
+    allowed = matrix_weights.allowed_error(vectors, ACE)
+    assert allowed > 0
+    assert equations.error == pytest.approx(allowed * (0.5**0.5 if rough else 1.0))
+    assert equations.of_moments == pytest.approx(allowed * 0.5**0.5 if rough else 0.0)
+    assert equations.keep_response is True
+    full: Any = matrix_weights.assemble_matrix_weights(vectors, ACE, decide(vectors, ACE), rough=False)
+    assert (full.of_moments, full.error) == (0.0, pytest.approx(allowed))
 
 
 @pytest.mark.parametrize("weights", [(1.0, 3.0, 2.0), (3.0, 1.0, 2.0), (1.0, 1.0, 1.0)])

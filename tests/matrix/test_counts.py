@@ -267,3 +267,6 @@ def test_a_fixed_ridge_is_taken_as_it_is() -> None:
     untraced = replace(options, second_moment=replace(options.second_moment, trace_normalized=False))
     moment = regularize(vectors, 0, untraced, decide(vectors, untraced), squared=1.0)
     assert (moment.scale, moment.ridge) == (1.0, 0.25)
+    # In units of the second moments, which are those of the task vectors squared.
+    scaled = regularize(vectors.in_units_of(8.0), 0, untraced, decide(vectors, untraced), squared=1.0)
+    assert (scaled.scale, scaled.ridge) == (1.0, 0.25 / 64)

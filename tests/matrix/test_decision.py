@@ -76,6 +76,7 @@ def test_each_part_asks_for_what_it_needs() -> None:
     ace = decide(vectors, ACE)
     assert ace.effective_experts is not None
     assert ace.refinement_scale == pytest.approx(1 - 1 / ace.effective_experts)
+    assert ace.heterogeneity == heterogeneity(vectors.energies, "scale_free")
     assert ace.low_rank == 0.0
     assert ace.retained == ace.large == head.large
     energy = sum(vectors.energies) / 3

@@ -147,8 +147,10 @@ def test_the_product_of_few_rows_keeps_to_it_too(spectrum: str, monkeypatch: pyt
     assert merged.products == "bfloat16"
     error, rounding = error_and_rounding(vectors, merged.task_vector, WITH_MOMENTS)
     assert 1e-3 * rounding < error <= SHARE_OF_ROUNDING * rounding
+    unrefined = replace(WITH_MOMENTS, refinement=None)
+    assert merge_by_covariance(vectors, unrefined).products == "bfloat16"
     large = task_vectors((96, 320), 0.02, spectrum, torch.bfloat16)
-    assert merge_by_covariance(large, replace(WITH_MOMENTS, refinement=None)).products is None
+    assert merge_by_covariance(large, unrefined).products is None
 
 
 def test_updates_that_are_large_beside_the_rounding_are_multiplied_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,10 @@ def test_vectors_in_float32() -> None:
     torch.testing.assert_close(found.gram, matrix @ matrix.T)
     assert 0 < found.error < 1e-2
     assert estimated_vectors(torch.zeros(4, 6), 2).error == math.inf
+    rank_one = torch.zeros(4, 6)
+    rank_one[0, 0] = 2.0
+    assert estimated_vectors(rank_one, 2).error == math.inf
+    assert estimated_vectors(rank_one, 1).error < 1e-6
     # All directions: nothing is exchanged across a cut.
     every = estimated_vectors(matrix, 40)
     assert 0 < every.error < found.error

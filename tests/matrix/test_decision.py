@@ -147,6 +147,17 @@ def test_facts_are_all_but_the_tensors() -> None:
     assert merged.refinement.norm == facts.refinement_norm
 
 
+def test_what_was_decided_is_told_where_no_second_moment_was_used() -> None:
+    vectors = layer(adapter_updates(64, 48, 3, rank=2))
+    merged = merge_by_covariance(vectors, ACE)
+    assert merged.decision == decide(vectors, ACE)
+    assert merged.averaged == 1.0
+    assert merged.correlation is not None
+    assert 0 <= merged.correlation < ACE.correlation_threshold
+    assert merged.describe() == f"second moments correlate by {merged.correlation:.2g} only, not used"
+    assert (merged.moments, merged.ridge, merged.refinement, merged.scale_factor) == ((), None, None, 1.0)
+
+
 def test_a_merge_in_other_units() -> None:
     merged = merge_by_covariance(layer(related_updates(40, 20, 3)), ACE)
     assert merged.refinement is not None

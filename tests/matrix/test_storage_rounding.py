@@ -185,6 +185,14 @@ def test_the_rounding_of_an_update_of_many_steps_is_a_twelfth_of_each_squared() 
     assert expected_rounding_energy(padded, filled) == pytest.approx(200 * step**2 / 12, rel=1e-6)
 
 
+def test_a_change_of_few_values_by_a_step_is_no_rounding() -> None:
+    """Less than rounding would leave: of what size the update was cannot be told, so all of it counts."""
+    base = (1 + 2.0**-7 * torch.arange(100)).bfloat16()
+    expert = base.clone()
+    expert[7] += 2.0**-7
+    assert expected_rounding_energy(base, expert) == 0.0
+
+
 def test_steps_are_those_between_neighbors() -> None:
     values = torch.tensor([1.0, 1.5, -2.0, 3.99, 0.0, 2.0**-14, 2.0**-20, -0.3])
     for storage, digits in ((torch.bfloat16, 7), (torch.float16, 10)):

@@ -33,7 +33,7 @@ LAYERS: dict[str, Callable[[], TaskVectors]] = {
 
 
 def in_small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blocks, "_ON_THE_CPU", 150)
+    monkeypatch.setattr(blocks, "_ON_THE_CPU", 40)
     monkeypatch.setattr(blocks, "_PANEL", 1)
     monkeypatch.setattr(blocks, "_FEWEST_ROWS", 7)
     monkeypatch.setattr(blocks, "_OF_A_PRODUCT", 300)

@@ -159,6 +159,11 @@ LLM_LONG = replace(
     experts=tuple(replace(expert, steps=120, learning_rate=2e-3) for expert in LLM_FOUR.experts),
 )
 """Experts trained until their updates are large for a real model."""
+LLM_MEDIUM = replace(
+    LLM_FOUR,
+    name="llm-medium",
+    experts=tuple(replace(expert, steps=120, learning_rate=1e-3) for expert in LLM_FOUR.experts),
+)
 LLM_LORA = Suite(
     name="llm-lora",
     kind="chat",
@@ -196,6 +201,7 @@ SUITES = {
         LLM_FOUR,
         LLM_TWELVE,
         LLM_LONG,
+        LLM_MEDIUM,
         LLM_LORA,
         LLM_LORA_32,
     )

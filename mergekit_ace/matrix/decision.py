@@ -57,6 +57,8 @@ class Decision:
     """How many independent updates the experts' amount to; None where no part asks for it."""
     longest: float
     """The largest `||X||_F`."""
+    refinement_scale: float = 1.0
+    """What the directions are refined by: 1, or `1 - 1 / T_eff` where it is by disagreement."""
     large: float = 0.0
     """How far the updates are large for their base, from 0 to 1; 0 where no part asks for it."""
     retained: float = 1.0
@@ -68,11 +70,6 @@ class Decision:
     def least_shrinkage(self) -> float:
         """Smallest share of the identity in an estimated ridge."""
         return _LEAST_SHRINKAGE * (self.low_rank or 0.0)
-
-    @property
-    def refinement_scale(self) -> float:
-        """`1 - 1 / T_eff`; 1 where nothing asks for the agreement of the experts."""
-        return 1.0 if self.effective_experts is None else 1 - 1 / self.effective_experts
 
 
 def decide(task_vectors: TaskVectors, options: CovarianceOptions) -> Decision:
@@ -105,6 +102,8 @@ def decide(task_vectors: TaskVectors, options: CovarianceOptions) -> Decision:
         low_rank=low_rank,
         effective_experts=independent,
         longest=longest_allowed(task_vectors, options.bounds.length, independent=independent, low_rank=held),
+        # Published merges that are asked for a length bound know `T_eff` too, and are refined in full.
+        refinement_scale=1 - 1 / independent if refinement and refinement.by_disagreement and independent else 1.0,
         large=large if options.needs_size else 0.0,
         # Few rows leave the solve free to exaggerate; measured second moments tell how far it does.
         retained=max(large, low_rank or 0.0) if retained_by_size else 1.0,

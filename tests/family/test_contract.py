@@ -13,6 +13,7 @@ from torch import Tensor
 import mergekit_ace
 from mergekit_ace.methods.ace import Ace
 from tests.family.cases import Case, cases, drawn
+from tests.reference.ace_default import share_of_large
 
 EVERY = pytest.mark.parametrize("case", list(cases()), ids=str)
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
@@ -222,8 +223,7 @@ def test_ace_alone_merges_heads_by_default(case: Case, table: str) -> None:
     if case.method.name == "ace" and "preset" not in case.parameters and table == "lm_head.weight":
         average = case.merge(base, experts, name=table, embeddings="average")
         solve = {"spectral_fraction": 0.0, "correlation_threshold": 0.0, "length_bound": False}
-        energy = float(sum((expert - base).square().sum() for expert in experts)) / 3
-        share = energy / (energy + 0.01 * float(base.square().sum()))
+        share = share_of_large([expert - base for expert in experts], [1.0] * 3, float(base.norm()))
         assert error(merged, average, base) > ROUNDING
         if "length_bound" not in case.parameters:
             expected = (1 - share) * case.merge(base, experts, **solve) + share * average

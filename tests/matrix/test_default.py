@@ -16,7 +16,7 @@ from mergekit_ace.matrix.options import Bounds, CovarianceOptions, SecondMoment
 from mergekit_ace.matrix.presets import ACE, ACE_0_1, ACE_HEAD, ACE_PUBLISHED
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from tests.matrix.experts import adapter_updates, layer, related_updates, steep_updates
-from tests.reference.ace_default import balanced, without_moments
+from tests.reference.ace_default import balanced, share_of_large, without_moments
 
 ORTHOGONAL = Bounds(retention=True, length="orthogonal")
 SHAPES = [(30, 50), (50, 30), (40, 40), (20, 200), (5, 1)]
@@ -82,13 +82,22 @@ def test_what_large_updates_have_beyond_orthogonal_ones_is_taken_off() -> None:
     assert longest > 1.1 * orthogonal
     assert float(large.task_vector.norm()) == pytest.approx(orthogonal, rel=1e-6)
     updates = related_updates(60, 40, 4)
-    energy = sum(float(update.square().sum()) for update in updates) / 4
-    share = energy / (energy + 0.01 * float(layer(updates, base_scale=1.0).base.square().sum()))
+    share = share_of_large(updates, [1.0] * 4, float(layer(updates, base_scale=1.0).base.norm()))
     assert 0.05 < share < 0.95
     assert middle.decision is not None
     assert middle.decision.large == pytest.approx(share)
     between = longest ** (1 - share) * orthogonal**share
     assert float(middle.task_vector.norm()) == pytest.approx(between, rel=1e-4)
+
+
+def test_a_length_bound_changes_the_length_of_a_published_merge_alone() -> None:
+    published = replace(ACE_PUBLISHED, gate=None)
+    plain = of_base(1.0, published)
+    bounded = of_base(1.0, replace(published, bounds=Bounds(length="orthogonal")))
+    assert bounded.decision is not None
+    assert bounded.decision.effective_experts is not None
+    expected = bounded.scale_factor * plain.task_vector
+    torch.testing.assert_close(bounded.task_vector, expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
 
 
 def test_large_updates_of_an_output_head_are_averaged() -> None:
@@ -249,9 +258,9 @@ def test_small_updates_are_added_up_and_large_ones_averaged_without_a_cliff() ->
     assert parts[-1] > 0.99
     steps = [after - before for before, after in pairwise(parts)]
     assert min(steps) > 0
-    # d w / d log s is a half where it is steepest, at a tenth of the base.
-    assert max(steps) < 0.05
-    assert large_share(sized(updates, 0.1)) == pytest.approx(0.5, rel=0.05)
+    # d w / d log s is one where it is steepest, at a twentieth of the base.
+    assert max(steps) < 0.1
+    assert large_share(sized(updates, 0.05)) == pytest.approx(0.5, rel=0.05)
 
 
 def test_updates_count_as_small_where_the_base_is_not_known_and_as_large_where_it_is_zero() -> None:

@@ -1,11 +1,10 @@
 """What `merge_method: ace` computes without parameters, step by step: ACE with a ridge and a refinement of no constant.
 
 Against the published steps (`tests/reference/ace.py`): second moments are not centered and always divided by their
-trace, the ridge is oracle-approximating shrinkage, there is no prior, the preliminary merge itself is refined and by as
-much as the experts disagree, and the result is bounded in what it retains, and in length as far as the updates are
-large for the base. Updates of low rank are held
-nearer to the base, and merged by balanced task singular vectors where their second moments do not correlate, or
-averaged as far as they are large for the base.
+trace, the ridge is oracle-approximating shrinkage, there is no prior, the preliminary merge itself is refined by as
+much as the experts disagree, and the result is bounded in what it retains, and in length, as far as the updates are
+large for the base. Updates of low rank are held nearer to the base, and merged by balanced task
+singular vectors where their second moments do not correlate, or averaged as far as they are large for the base.
 """
 
 import math
@@ -21,7 +20,7 @@ from tests.reference.weights import participants
 CORRELATION = 0.05
 NEARLY_ALL = 0.9
 LEAST_SHRINKAGE = 0.95
-TOLERATED = 0.1
+TOLERATED = 0.05
 
 
 def shrinkage(second_moment: Tensor, samples: int) -> float:
@@ -74,11 +73,11 @@ def balanced(D: list[Tensor], a: list[float]) -> Tensor:
 
 
 def share_of_large(D: list[Tensor], a: list[float], base_norm: float | None) -> float:
-    """How far updates are large for the base, a half at a tenth of its norm; 0 where that is not known."""
+    """How far updates are large for the base, a half at a twentieth of its norm; 0 where that is not known."""
     if base_norm is None:
         return 0.0
     update = sum(a_t * float(d.norm()) ** 2 for a_t, d in zip(a, D, strict=True)) / len(D)
-    return update / (update + TOLERATED**2 * base_norm**2)
+    return update**2 / (update**2 + (TOLERATED * base_norm) ** 4)
 
 
 def without_moments(D: list[Tensor], a: list[float], base_norm: float | None) -> Tensor:
@@ -136,16 +135,17 @@ def ace_default(
         isometry, values = top_isometry(W, k, relative_rank)
         W = W + (1 - 1 / independent) * values.mean() * isometry
 
+    large = share_of_large(D, a, base_norm)
+
     # 5. Retention bound: the mean response under the experts' second moments is at most their own, as far as updates
     # are large for the base; of heads, and of updates of low rank, always.
     own = float(sum(a_t * ((d @ s) * d).sum() for a_t, d, s in zip(a, D, S, strict=True)))
     retention = float((W * numerator).sum()) / own
-    factor = max(1.0, retention) ** -(1.0 if head or low_rank else share_of_large(D, a, base_norm))
+    factor = max(1.0, retention) ** -(1.0 if head or low_rank else large)
 
     # 6. Of heads, the average as far as updates are large for the base. Of others, what is beyond the sum of so many
     # orthogonal updates (the root of so many, of low rank) is taken off as far, on a logarithmic scale; and no more
     # than twice all updates laid end to end is left.
-    large = share_of_large(D, a, base_norm)
     if head:
         return (1 - large) * factor * W + large * mean
     orthogonal = math.sqrt((math.sqrt(independent) if low_rank else independent) * mean_energy)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from mergekit_ace.linalg.low_rank import top_energies
 from mergekit_ace.linalg.precision import squared_norms
-from mergekit_ace.matrix.balanced import large_share
-from mergekit_ace.matrix.bounds import effective_experts, longest_allowed
+from mergekit_ace.matrix.bounds import effective_experts, large_share, longest_allowed
 from mergekit_ace.matrix.options import CovarianceOptions, HeterogeneityStatistic
 from mergekit_ace.matrix.task_vectors import TaskVectors
 

@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from mergekit_ace.matrix.balanced import large_share, merge_balanced, merge_without_moments
-from mergekit_ace.matrix.bounds import effective_experts
+from mergekit_ace.matrix.balanced import averaged_share, merge_balanced, merge_without_moments
+from mergekit_ace.matrix.bounds import effective_experts, large_share
 from mergekit_ace.matrix.decision import low_rank_share
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.merge import MatrixMerge, merge_by_covariance
@@ -258,9 +258,22 @@ def test_small_updates_are_added_up_and_large_ones_averaged_without_a_cliff() ->
     assert parts[-1] > 0.99
     steps = [after - before for before, after in pairwise(parts)]
     assert min(steps) > 0
-    # d w / d log s is one where it is steepest, at a twentieth of the base.
-    assert max(steps) < 0.1
-    assert large_share(sized(updates, 0.05)) == pytest.approx(0.5, rel=0.05)
+    # d w / d log s is a half where it is steepest, at a tenth of the base.
+    assert max(steps) < 0.05
+    assert averaged_share(sized(updates, 0.1)) == pytest.approx(0.5, rel=0.05)
+
+
+def test_updates_are_large_from_a_twentieth_of_the_base() -> None:
+    updates = related_updates(60, 80, 3)
+    shares = [large_share(sized(updates, 0.001 * 1.1**step)) for step in range(100)]
+    # From the base's entries, which are drawn, so that its norm is known to some percent.
+    assert large_share(sized(updates, 0.05)) == pytest.approx(0.5, rel=0.1)
+    assert large_share(sized(updates, 0.0125)) == pytest.approx(1 / 257, rel=0.2)
+    assert large_share(sized(updates, 0.2)) == pytest.approx(256 / 257, rel=0.01)
+    # d w / d log s is one where it is steepest.
+    assert all(0 < after - before < 0.1 for before, after in pairwise(shares))
+    assert 0 <= large_share(sized(updates, 1e-12)) < 1e-30
+    assert large_share(layer(updates, base_scale=0.0)) == 1.0
 
 
 def test_updates_count_as_small_where_the_base_is_not_known_and_as_large_where_it_is_zero() -> None:

@@ -20,7 +20,7 @@ from tests.reference.weights import participants
 CORRELATION = 0.05
 NEARLY_ALL = 0.9
 LEAST_SHRINKAGE = 0.95
-TOLERATED = 0.05
+TOLERATED_NOISE, TOLERATED_UPDATE = 0.1, 0.05
 
 
 def shrinkage(second_moment: Tensor, samples: int) -> float:
@@ -72,19 +72,27 @@ def balanced(D: list[Tensor], a: list[float]) -> Tensor:
     return merged * min(1.0, length / max(float(merged.norm()), 1e-300))
 
 
+def size(D: list[Tensor], a: list[float], base_norm: float) -> float:
+    """Of an update in the mean, relative to the base."""
+    update = sum(a_t * float(d.norm()) ** 2 for a_t, d in zip(a, D, strict=True)) / len(D)
+    return math.sqrt(update) / base_norm
+
+
 def share_of_large(D: list[Tensor], a: list[float], base_norm: float | None) -> float:
     """How far updates are large for the base, a half at a twentieth of its norm; 0 where that is not known."""
     if base_norm is None:
         return 0.0
-    update = sum(a_t * float(d.norm()) ** 2 for a_t, d in zip(a, D, strict=True)) / len(D)
-    return update**2 / (update**2 + (TOLERATED * base_norm) ** 4)
+    return size(D, a, base_norm) ** 4 / (size(D, a, base_norm) ** 4 + TOLERATED_UPDATE**4)
 
 
 def without_moments(D: list[Tensor], a: list[float], base_norm: float | None) -> Tensor:
-    """That of small updates, the average of large ones; the base's norm is None where it is not known."""
+    """That of small updates, the average of large ones, a half at a tenth of the base's norm, where that is known."""
+    if base_norm is None:
+        return balanced(D, a)
     mean = sum(a_t * d for a_t, d in zip(a, D, strict=True)) / len(D)
-    large = share_of_large(D, a, base_norm)
-    return (1 - large) * balanced(D, a) + large * mean
+    squared = size(D, a, base_norm) ** 2
+    averaged = squared / (squared + TOLERATED_NOISE**2)
+    return (1 - averaged) * balanced(D, a) + averaged * mean
 
 
 def ace_default(

@@ -112,8 +112,12 @@ def _change_what(e: Evidence) -> str:
 
 
 def _change_remedy(e: Evidence) -> str:
-    # No such parameter, or set already; or no second moment was used, on which it has no effect.
-    if e.settings.get("length_bound", True) is True or e.facts.averaged == 1:
+    decision = e.facts.decision
+    # No such parameter, or set already, or the size of the updates has done it; or no second moment was used, on which
+    # it has no effect.
+    bound = e.settings.get("length_bound", True)
+    by_size = bound == "auto" and decision is not None and decision.large > 0.5
+    if bound is True or by_size or e.facts.averaged == 1:
         return "Set lambda nearer to 0."
     return "Set length_bound: true, or lambda nearer to 0."
 

@@ -83,7 +83,12 @@ def test_a_bound_that_has_no_effect_is_no_remedy(caplog: pytest.LogCaptureFixtur
         for parameters in ({}, {"length_bound": True})
     )
     assert torch.equal(plain, bounded)
-    assert "length_bound: true" in next(m for m in logged(caplog, "ace", FULL, change=0.5) if "of its norm" in m)
+    for parameters in ({"length_bound": False}, {"preset": "0.1"}):
+        (full,) = [m for m in logged(caplog, "ace", FULL, change=0.5, parameters=parameters) if "of its norm" in m]
+        assert "Set length_bound: true, or lambda nearer to 0." in full
+    # By their size they are bounded already.
+    (full,) = [m for m in logged(caplog, "ace", FULL, change=0.5) if "of its norm" in m]
+    assert "Set lambda nearer to 0." in full
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -101,7 +106,7 @@ CASES: tuple[tuple[str, list[Tensor], float | None, dict[str, Any], str, dict[st
         FULL,
         0.3,
         {},
-        r"changes the weight by \d+% of its norm, more than 20%.*length_bound: true",
+        r"changes the weight by \d+% of its norm, more than 20%.*add up\. Set lambda",
         {"lambda": 0.1},
     ),
     ("ace", FULL, 0.3, {"length_bound": True}, "changes the weight by", {"lambda": 0.1}),
@@ -175,7 +180,11 @@ def assert_sound(message: str, method: LayerwiseMethod) -> None:
 
 
 def evidence(
-    *, energies: Sequence[float] = (4.0, 1.0), facts: Mapping[str, Any] | None = None, **changes: Any
+    *,
+    energies: Sequence[float] = (4.0, 1.0),
+    large: float = 0.0,
+    facts: Mapping[str, Any] | None = None,
+    **changes: Any,
 ) -> Evidence:
     """Of a sound merge of two experts, but for the changes."""
     decision = Decision(
@@ -187,6 +196,7 @@ def evidence(
         low_rank=None,
         effective_experts=None,
         longest=math.inf,
+        large=large,
     )
     given: dict[str, Any] = {
         "name": NAME,
@@ -270,6 +280,13 @@ SENTENCES: list[tuple[str, Evidence, str]] = [
         "Set length_bound: true, or lambda nearer to 0.",
     ),
     ("change", evidence(relative_change=0.3, settings={"length_bound": True}), ". Set lambda nearer to 0."),
+    ("change", evidence(relative_change=0.3, large=0.6), ". Set lambda nearer to 0."),
+    ("change", evidence(relative_change=0.3, large=0.4), ". Set length_bound: true, or lambda nearer to 0."),
+    (
+        "change",
+        evidence(relative_change=0.3, large=1.0, settings={"length_bound": False}),
+        ". Set length_bound: true, or lambda nearer to 0.",
+    ),
     ("change", evidence(relative_change=0.3, settings={}), ". Set lambda nearer to 0."),
     ("change", evidence(relative_change=0.3, facts={"averaged": 1}), ". Set lambda nearer to 0."),
     (

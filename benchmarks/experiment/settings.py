@@ -88,6 +88,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(label="ace", group="ace", method="ace", quick=True),
     Setting(label="ace 0.1", group="ace", method="ace", parameters={"preset": "0.1"}, quick=True),
     Setting(label="ace length_bound", group="ace", method="ace", parameters={"length_bound": True}, quick=True),
+    Setting(label="ace lambda 0.5", group="ace", method="ace", parameters={"lambda": 0.5}),
     Setting(label="ace with tables averaged", group="ace", method="ace", parameters={"embeddings": "average"}),
     Setting(label="ace without refinement", group="ace", method="ace", parameters={"spectral_fraction": 0.0}),
     Setting(label="ace without retention bound", group="ace", method="ace", parameters={"retention_bound": False}),

@@ -26,7 +26,8 @@ from mergekit_ace.engine.workers.inline import inline
 from mergekit_ace.mergekit_internals import align_dtype, bound_parameters
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.printable import printable
-from mergekit_ace.recipe.plan import Inputs, planned
+from mergekit_ace.recipe.plan import Inputs
+from mergekit_ace.recipe.planning import planned
 from mergekit_ace.recipe.reading import Recipe, parse_recipe, read_recipe
 from mergekit_ace.recipe.values import check_method
 from mergekit_ace.report.inspection import assemble, inspect_inputs, inspect_tensors

@@ -11,7 +11,8 @@ from mergekit.options import MergeOptions
 
 from mergekit_ace.adapters.effect import require_effect
 from mergekit_ace.adapters.from_recipe import request_of
-from mergekit_ace.adapters.merge import AdapterMerge, WeightReport
+from mergekit_ace.adapters.merge import AdapterMerge
+from mergekit_ace.adapters.merged_weight import WeightReport
 from mergekit_ace.adapters.moments import check_moments
 from mergekit_ace.adapters.other_tensors import require_shapes
 from mergekit_ace.adapters.request import Request, model_name

@@ -3,121 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mergekit_ace.adapters.base_norms import BaseNorms, norm_of
+from mergekit_ace.adapters.cores import Changed, Cores, matrices, transposed
 from mergekit_ace.adapters.effect import require_effect
+from mergekit_ace.adapters.merged_weight import MergedMatrix, MergedWeight, WeightReport, joined
 from mergekit_ace.adapters.request import Request
-from mergekit_ace.adapters.truncation import Rank, Truncation, input_weight, outputs_kept
-from mergekit_ace.factors.core_space import CoreSpace, core_space, output_space, task_vectors_of
+from mergekit_ace.adapters.truncation import Truncation, input_weight, outputs_kept
+from mergekit_ace.factors.core_space import core_space, output_space
 from mergekit_ace.factors.model import Factors, Place
 from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.linalg.precision import squared_norm
-from mergekit_ace.matrix.expert import Expert, MeasuredMoment
-from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.advice import log_messages
 from mergekit_ace.methods.tensors.measured_moments import moments_for_adapters
 from mergekit_ace.methods.tensors.warnings import MergeWarnings
 from mergekit_ace.policy import Treatment
 from mergekit_ace.printable import printable
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightReport:
-    """What became of one weight.
-
-    Attributes:
-        name: of the weight.
-        shape: of the update, outputs first.
-        treatment: why it was merged as it was.
-        adapters: those that changed it.
-        ranks: of their updates, in the same order.
-        rank: of the merged update; 0 where the base's weight is kept.
-        energy_kept: share of the merged update's energy that the given rank holds.
-        outputs_kept: of each of the adapters, how much of its own output on its own inputs the result keeps.
-        norm: of the merged update.
-        note: what the method found.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    treatment: str
-    adapters: tuple[str, ...]
-    ranks: tuple[int, ...]
-    rank: int = 0
-    energy_kept: float = 1.0
-    outputs_kept: tuple[float, ...] = ()
-    norm: float = 0.0
-    note: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergedWeight:
-    """The merged update of one weight; no factors where the base's weight is kept."""
-
-    place: Place
-    factors: Factors | None
-    report: WeightReport
-
-
-@dataclass(frozen=True, kw_only=True)
-class Changed:
-    """An adapter's update of one matrix."""
-
-    adapter: str
-    weight: float
-    factors: Factors
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cores:
-    """One matrix of a weight in core space, inputs last as the method takes them.
-
-    Attributes:
-        name: how messages call it.
-        updates: of the adapters that have it.
-        space: what they share.
-        turned: the factors are those of the transposed updates.
-        measured: each adapter's measured second moment of the inputs; None where the recipe asks for none.
-        base_norm: of the base's matrix; None where it is not known or not asked for.
-    """
-
-    name: str
-    updates: tuple[Changed, ...]
-    space: CoreSpace
-    turned: bool
-    measured: Sequence[MeasuredMoment | None] | None = None
-    base_norm: float | None = None
-
-    @cached_property
-    def task_vectors(self) -> TaskVectors:
-        """The cores, for every method to run on."""
-        experts = [
-            Expert(
-                name=each.adapter,
-                tensor=core,
-                weight=each.weight,
-                measured=self.measured[t] if self.measured else None,
-            )
-            for t, (each, core) in enumerate(zip(self.updates, self.space.cores, strict=True))
-        ]
-        return task_vectors_of(self.space, experts, name=self.name, base_norm=self.base_norm)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """One matrix of a weight, merged."""
-
-    factors: Factors | None
-    energy: float = 0.0
-    energy_lost: float = 0.0
-    outputs_kept: tuple[float, ...] = ()
-    note: str = ""
 
 
 class AdapterMerge:
@@ -186,8 +92,8 @@ class AdapterMerge:
         weight = self.base_weight(place) if sized or (solved and parameters.get("moments")) else None
         if sized:
             self._warn_of_unknown_base()
-        for matrix, index, updates in _matrices(name, place, self.read(place, parameters["weight"])):
-            factors = [_turn(each.factors) if turned else each.factors for each in updates]
+        for matrix, index, updates in matrices(name, place, self.read(place, parameters["weight"])):
+            factors = [transposed(each.factors) if turned else each.factors for each in updates]
             moments = None
             if solved:
                 having = self._request.having(place, parameters["weight"])
@@ -245,9 +151,9 @@ class AdapterMerge:
             raise AdapterError(f"{report.name}: {reason}")
         merge_one = self._merge if solved else self._average
         parts = [merge_one(cores, parameters) for cores in self.cores(place, parameters, solved=solved)]
-        return _joined(place, parts, report, self._request.rank)
+        return joined(place, parts, report, self._request.rank)
 
-    def _average(self, cores: Cores, parameters: Mapping[str, Any]) -> _Part:
+    def _average(self, cores: Cores, parameters: Mapping[str, Any]) -> MergedMatrix:
         """`scale * sum_t w_t D_t / sum_t w_t`, over all adapters: those without the module did not change it."""
         scale = self._request.method.scale(parameters) / sum(parameters["weight"])
         merged = torch.zeros_like(cores.space.cores[0])
@@ -255,12 +161,12 @@ class AdapterMerge:
             merged.add_(core, alpha=scale * each.weight)
         return self._finished(cores, merged, seen_by_inputs=False)
 
-    def _merge(self, cores: Cores, parameters: Mapping[str, Any]) -> _Part:
+    def _merge(self, cores: Cores, parameters: Mapping[str, Any]) -> MergedMatrix:
         """One matrix by the method."""
         method, task_vectors = self._request.method, cores.task_vectors
         scale = method.scale(parameters)
         if len(task_vectors) == 0:
-            return _Part(factors=None, note="no adapter changed it")
+            return MergedMatrix(factors=None, note="no adapter changed it")
         if len(task_vectors) == 1:
             sole = task_vectors.experts[0].name
             part = self._finished(cores, task_vectors.task_vector(0).mul_(scale), note=f"only {sole} changed it")
@@ -273,7 +179,7 @@ class AdapterMerge:
             self._warnings.warn(cause, message)
         return self._finished(cores, layer.task_vector.mul_(scale), note=layer.describe())
 
-    def _finished(self, cores: Cores, merged: Tensor, *, note: str = "", seen_by_inputs: bool = True) -> _Part:
+    def _finished(self, cores: Cores, merged: Tensor, *, note: str = "", seen_by_inputs: bool = True) -> MergedMatrix:
         """Cut to the rank that is asked for, by what the experts' own inputs see."""
         rank, held, space = self._request.rank, merged, cores.space
         if rank is not None:
@@ -282,8 +188,8 @@ class AdapterMerge:
             rank = cut.rank_to_keep() if rank == "auto" else rank
             held = cut.of_rank(rank)
         factors = space.factors(held, rank)
-        return _Part(
-            factors=_turn(factors) if cores.turned else factors,
+        return MergedMatrix(
+            factors=transposed(factors) if cores.turned else factors,
             energy=squared_norm(merged),
             energy_lost=squared_norm(merged - held),
             outputs_kept=tuple(outputs_kept(held, space.cores)),
@@ -299,63 +205,3 @@ def require_weight(name: str, weights: Sequence[float]) -> None:
     """
     if not any(weight > 0 for weight in weights):
         raise AdapterError(f"{name}: parameter weight must be positive for at least one adapter; got 0 for all")
-
-
-def _matrices(name: str, place: Place, changed: Sequence[Changed]) -> Iterator[tuple[str, int | None, list[Changed]]]:
-    """The matrices of a weight, each with its place in a stack and its updates: one, or one for each stacked expert."""
-    if not changed:
-        return
-    if place.kind != "stack":
-        yield name, None, list(changed)
-        return
-    for index in range(place.shape[0]):
-        yield (
-            f"{name}[{index}]",
-            index,
-            [
-                replace(each, factors=Factors(left=each.factors.left[index], right=each.factors.right[index]))
-                for each in changed
-            ],
-        )
-
-
-def _turn(factors: Factors) -> Factors:
-    """The factors of the transposed update."""
-    return Factors(left=factors.right.mT, right=factors.left.mT)
-
-
-def _joined(place: Place, parts: Sequence[_Part], report: WeightReport, wanted: Rank) -> MergedWeight:
-    """The matrices of a weight together.
-
-    Stacked experts share one rank, filled up with zeros: that of the adapters together, because peft's patterns cannot
-    tell two stacks of one module apart.
-    """
-    rank = max((part.factors.rank for part in parts if part.factors is not None), default=0)
-    if rank and place.kind == "stack":
-        rank = sum(report.ranks) if not isinstance(wanted, int) else min(wanted, sum(report.ranks))
-    energy = sum(part.energy for part in parts)
-    report = replace(
-        report,
-        rank=rank,
-        norm=energy**0.5,
-        energy_kept=1 - sum(part.energy_lost for part in parts) / energy if energy > 0 else 1.0,
-        outputs_kept=_mean_over_matrices(parts),
-        note=parts[0].note if len(parts) == 1 else "",
-    )
-    if rank == 0:
-        return MergedWeight(place=place, factors=None, report=report)
-    if place.kind != "stack":
-        return MergedWeight(place=place, factors=parts[0].factors, report=report)
-    like = next(part.factors for part in parts if part.factors is not None)
-    left = like.left.new_zeros((len(parts), like.left.shape[0], rank))
-    right = like.right.new_zeros((len(parts), rank, like.right.shape[1]))
-    for index, part in enumerate(parts):
-        if part.factors is not None:
-            left[index, :, : part.factors.rank] = part.factors.left
-            right[index, : part.factors.rank] = part.factors.right
-    return MergedWeight(place=place, factors=Factors(left=left, right=right), report=report)
-
-
-def _mean_over_matrices(parts: Sequence[_Part]) -> tuple[float, ...]:
-    rows = [part.outputs_kept for part in parts if part.outputs_kept]
-    return tuple(sum(column) / len(rows) for column in zip(*rows, strict=True)) if rows else ()

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import mergekit_ace
-from mergekit_ace.adapters.merge import AdapterMerge, WeightReport
+from mergekit_ace.adapters.merge import AdapterMerge
+from mergekit_ace.adapters.merged_weight import WeightReport
 from mergekit_ace.adapters.other_tensors import merged_biases, merged_replacements, merged_tokens
 from mergekit_ace.adapters.request import Request
 from mergekit_ace.factors.formats.diffusers import write_diffusers

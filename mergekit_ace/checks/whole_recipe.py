@@ -44,7 +44,8 @@ from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.findings import Finding, by_severity
 from mergekit_ace.recipe.parameter_values import check_parameter_values
 from mergekit_ace.recipe.paths import check_paths
-from mergekit_ace.recipe.plan import Plan, planned
+from mergekit_ace.recipe.plan import Plan
+from mergekit_ace.recipe.planning import planned
 from mergekit_ace.recipe.reading import Recipe, parse_document, read_text, understood
 from mergekit_ace.recipe.values import check_method, check_values
 

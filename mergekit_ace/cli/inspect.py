@@ -22,7 +22,8 @@ from mergekit_ace.printable import printable
 from mergekit_ace.recipe.failures import RecipeError
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.patterns import select_names
-from mergekit_ace.recipe.plan import Plan, PlannedTensor, planned
+from mergekit_ace.recipe.plan import Plan, PlannedTensor
+from mergekit_ace.recipe.planning import planned
 from mergekit_ace.recipe.reading import read_recipe
 from mergekit_ace.report.advice import advise
 from mergekit_ace.report.as_csv import write_csv

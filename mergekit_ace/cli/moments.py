@@ -18,7 +18,8 @@ from mergekit_ace.collecting.collect import FEWEST_TOKENS, Collected, Progress, 
 from mergekit_ace.collecting.prompts import Prompt, read_prompts
 from mergekit_ace.moments.load import last_part
 from mergekit_ace.recipe.failures import RecipeError
-from mergekit_ace.recipe.plan import Plan, planned
+from mergekit_ace.recipe.plan import Plan
+from mergekit_ace.recipe.planning import planned
 from mergekit_ace.recipe.reading import read_recipe
 
 LOG = logging.getLogger("mergekit_ace")

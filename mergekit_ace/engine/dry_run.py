@@ -11,7 +11,7 @@ from mergekit_ace.engine.part import Part
 from mergekit_ace.engine.plan import plan_shards
 from mergekit_ace.engine.shards import Shard, of_part
 from mergekit_ace.mergekit_internals import in_recipe_order
-from mergekit_ace.recipe.plan import planned
+from mergekit_ace.recipe.planning import planned
 from mergekit_ace.recipe.tensor_cost import PYTHON, tensor_cost
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 import mergekit_ace
 from mergekit_ace.engine.plan import MergePlan
 from mergekit_ace.engine.shard_maker import OnTensor, ShardMaker
-from mergekit_ace.recipe.plan import planned
+from mergekit_ace.recipe.planning import planned
 from mergekit_ace.recipe.reading import parse_recipe
 
 

@@ -28,7 +28,8 @@ from mergekit_ace.engine.workers.protocol import Workers
 from mergekit_ace.mergekit_internals import adapter_entry_name
 from mergekit_ace.recipe.adapter_cache import adapter_folder
 from mergekit_ace.recipe.findings import Finding
-from mergekit_ace.recipe.plan import Plan, planned
+from mergekit_ace.recipe.plan import Plan
+from mergekit_ace.recipe.planning import planned
 from mergekit_ace.recipe.reading import Recipe
 from mergekit_ace.staging import Stage, staged_in_pieces
 

@@ -23,7 +23,6 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_ace.checkpoints.headers import TensorHeader, find_header, read_headers
-from mergekit_ace.checkpoints.hub import hub_model
 from mergekit_ace.checkpoints.sources import is_on_hub, model_headers
 from mergekit_ace.linalg.precision import all_finite
 from mergekit_ace.mergekit_internals import (
@@ -43,11 +42,9 @@ from mergekit_ace.mergekit_internals import (
     get_architecture_info,
     in_recipe_order,
     model_out_config,
-    require_known_mergekit,
 )
 from mergekit_ace.methods.output_range import require_in_range
-from mergekit_ace.recipe.adapter_cache import merged_adapter
-from mergekit_ace.recipe.failures import RecipeError, message_of
+from mergekit_ace.recipe.open_checkpoints import open_checkpoints
 from mergekit_ace.recipe.output_shape import as_loaded, output_header
 from mergekit_ace.recipe.reading import Recipe
 from mergekit_ace.recipe.tokenizer import numbered_tokenizer
@@ -316,74 +313,10 @@ class Plan:
     @contextmanager
     def reader(self) -> Iterator[None]:
         """Let the calling thread read checkpoints too, by file handles of its own."""
-        with _loaders(self.options) as loaders:
+        with open_checkpoints(self.options) as loaders:
             for model in self.models:
                 loaders.loaders[model] = LazyTensorLoader(self._loaders.get(model).index, self.options.lazy_unpickle)
             yield
-
-
-@contextmanager
-def planned(
-    recipe: Recipe, options: MergeOptions, *, adapters_unmerged: bool = False, headers_only: bool = False
-) -> Iterator[Plan]:
-    """Plan a recipe; its files are open until the end of the `with` block.
-
-    Args:
-        recipe: what to plan.
-        options: of `mergekit-yaml`.
-        adapters_unmerged: let each LoRA expert stand for its base model, so that nothing is merged or written: enough
-            for names and shapes.
-        headers_only: that, and no weight is downloaded: the tensors of models on the Hugging Face Hub are known by name
-            and shape, and cannot be read.
-
-    Raises:
-        RecipeError: when mergekit cannot plan it.
-    """
-    require_known_mergekit()
-    with _loaders(options) as loaders:
-        try:
-            for model in recipe.config.referenced_models():
-                if headers_only and is_on_hub(model.model):
-                    loaders.loaders[model] = hub_model(model.model).loader(model.model)
-                elif model.lora is not None:
-                    plain = ModelReference(model=model.model)
-                    stored = plain if adapters_unmerged or headers_only else merged_adapter(model, options)
-                    loaders.loaders[model] = stored.lazy_loader(options.transformers_cache, options.lazy_unpickle)
-                _open(loaders, model)
-            plan = Plan(recipe, options, loaders, headers_only=headers_only)
-        except Exception as error:  # mergekit, transformers, safetensors and torch each raise their own
-            raise RecipeError(f"{recipe.name}: mergekit cannot plan this merge; {message_of(error)}") from error
-        yield plan
-
-
-def _open(loaders: LoaderCache, model: ModelReference) -> None:
-    """Have mergekit find a model's files, which it fetches where they are not on this disk."""
-    try:
-        loaders.get(model)
-    except Exception as error:  # of the network, of its libraries, of a hub that is down
-        if not is_on_hub(model.model):
-            raise
-        raise RuntimeError(
-            f"{model.model} is no folder on this disk, and fetching it from the Hugging Face Hub failed; "
-            f"{message_of(error)}. Check its path or name, and the network"
-        ) from error
-
-
-@contextmanager
-def _loaders(options: MergeOptions) -> Iterator[LoaderCache]:
-    """The table of open checkpoints that mergekit keeps for this thread, empty and closed at the end.
-
-    The class's own table is shared by the whole process and keeps every file open.
-    """
-    loaders = LoaderCache()
-    outer = vars(loaders).copy()
-    loaders.setup(options=options)
-    loaders.loaders = {}
-    try:
-        yield loaders
-    finally:
-        vars(loaders).clear()
-        vars(loaders).update(outer)
 
 
 def _descendants(task: Task[Any]) -> Iterator[Task[Any]]:

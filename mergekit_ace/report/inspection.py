@@ -19,7 +19,8 @@ from mergekit_ace.matrix.expert import Expert, require_finite_base
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.recipe.failures import READING, message_of
-from mergekit_ace.recipe.plan import Inputs, Plan, PlannedTensor, planned
+from mergekit_ace.recipe.plan import Inputs, Plan, PlannedTensor
+from mergekit_ace.recipe.planning import planned
 from mergekit_ace.recipe.reading import read_recipe
 from mergekit_ace.report.measure import merge_fields, norms
 from mergekit_ace.report.model import Mode, Report, TensorReport

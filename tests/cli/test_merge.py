@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from mergekit_ace.checkpoints.headers import TensorHeader
 from mergekit_ace.recipe.failures import RecipeError
-from mergekit_ace.recipe.plan import planned
+from mergekit_ace.recipe.planning import planned
 from mergekit_ace.recipe.reading import read_recipe
 from tests.checkpoints import Suite, edit_tensors, make_suite
 from tests.cli.conftest import Invoke

@@ -79,7 +79,7 @@ def test_parts_of_several_processes_join_to_the_unsplit_merge(tmp_path: Path, in
 def test_the_plan_knows_the_size_of_the_tables(source: str, tmp_path: Path) -> None:
     from mergekit.options import MergeOptions
 
-    from mergekit_ace.recipe.plan import planned
+    from mergekit_ace.recipe.planning import planned
     from mergekit_ace.recipe.reading import read_recipe
 
     recipe = _write(tmp_path)

@@ -21,7 +21,7 @@ from mergekit_ace.matrix.presets import ACE
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.matrix.workload import working_numbers
 from mergekit_ace.moments.index import MomentsIndex, read_index
-from mergekit_ace.recipe.plan import planned
+from mergekit_ace.recipe.planning import planned
 from mergekit_ace.recipe.reading import read_recipe
 from mergekit_ace.recipe.tensor_cost import tensor_cost
 from tests.checkpoints import Update, add_adapter, edit_tensors, read_tensors

@@ -14,7 +14,7 @@ from mergekit.options import MergeOptions
 import mergekit_ace
 from mergekit_ace.methods import advice
 from mergekit_ace.policy import HEAD_REASON
-from mergekit_ace.recipe.plan import planned
+from mergekit_ace.recipe.planning import planned
 from mergekit_ace.recipe.reading import read_recipe
 from mergekit_ace.report.advice import advise
 from mergekit_ace.report.inspection import assemble, inspect_tensors

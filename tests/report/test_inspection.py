@@ -8,7 +8,7 @@ import torch
 from mergekit.options import MergeOptions
 
 from mergekit_ace.recipe.failures import RecipeError
-from mergekit_ace.recipe.plan import planned
+from mergekit_ace.recipe.planning import planned
 from mergekit_ace.recipe.reading import read_recipe
 from mergekit_ace.report.advice import advise
 from mergekit_ace.report.inspection import inspect_recipe, inspect_tensors

@@ -9,7 +9,7 @@ import torch
 from mergekit.options import MergeOptions
 from torch import Tensor
 
-from mergekit_ace.recipe.plan import planned
+from mergekit_ace.recipe.planning import planned
 from mergekit_ace.recipe.reading import read_recipe
 from mergekit_ace.report.inspection import assemble, inspect_recipe, inspect_tensors
 from mergekit_ace.report.model import ExpertReport, Report, TensorReport

@@ -1,0 +1,79 @@
+"""The adapters' updates of one matrix in core space."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from mergekit_ace.factors.core_space import CoreSpace, task_vectors_of
+from mergekit_ace.factors.model import Factors, Place
+from mergekit_ace.matrix.expert import Expert, MeasuredMoment
+from mergekit_ace.matrix.task_vectors import TaskVectors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changed:
+    """An adapter's update of one matrix."""
+
+    adapter: str
+    weight: float
+    factors: Factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cores:
+    """One matrix of a weight in core space, inputs last as the method takes them.
+
+    Attributes:
+        name: how messages call it.
+        updates: of the adapters that have it.
+        space: what they share.
+        turned: the factors are those of the transposed updates.
+        measured: each adapter's measured second moment of the inputs; None where the recipe asks for none.
+        base_norm: of the base's matrix; None where it is not known or not asked for.
+    """
+
+    name: str
+    updates: tuple[Changed, ...]
+    space: CoreSpace
+    turned: bool
+    measured: Sequence[MeasuredMoment | None] | None = None
+    base_norm: float | None = None
+
+    @cached_property
+    def task_vectors(self) -> TaskVectors:
+        """The cores, for every method to run on."""
+        experts = [
+            Expert(
+                name=each.adapter,
+                tensor=core,
+                weight=each.weight,
+                measured=self.measured[t] if self.measured else None,
+            )
+            for t, (each, core) in enumerate(zip(self.updates, self.space.cores, strict=True))
+        ]
+        return task_vectors_of(self.space, experts, name=self.name, base_norm=self.base_norm)
+
+
+def matrices(name: str, place: Place, changed: Sequence[Changed]) -> Iterator[tuple[str, int | None, list[Changed]]]:
+    """The matrices of a weight, each with its place in a stack and its updates: one, or one for each stacked expert."""
+    if not changed:
+        return
+    if place.kind != "stack":
+        yield name, None, list(changed)
+        return
+    for index in range(place.shape[0]):
+        yield (
+            f"{name}[{index}]",
+            index,
+            [
+                replace(each, factors=Factors(left=each.factors.left[index], right=each.factors.right[index]))
+                for each in changed
+            ],
+        )
+
+
+def transposed(factors: Factors) -> Factors:
+    """The factors of the transposed update."""
+    return Factors(left=factors.right.mT, right=factors.left.mT)

@@ -145,6 +145,8 @@ def test_facts_are_all_but_the_tensors() -> None:
     assert facts.refinement_norm is not None
     assert merged.refinement is not None
     assert merged.refinement.norm == facts.refinement_norm
+    # Singular vectors as large as the matrix are not kept.
+    assert merged.refinement.triples is None
 
 
 def test_what_was_decided_is_told_where_no_second_moment_was_used() -> None:

@@ -60,6 +60,16 @@ def test_merges(kind: str, options: str, monkeypatch: pytest.MonkeyPatch) -> Non
         assert merged.retention == pytest.approx(expected.retention, rel=1e3 * rounding)
 
 
+@pytest.mark.parametrize("rough", [False, True])
+def test_second_moments(rough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = layer(steep_updates(50, 20, 2), dtype=torch.float32)
+    exact = vectors.task_vector(1).double().T @ vectors.task_vector(1).double()
+    in_small_pieces(monkeypatch)
+    assert len(vectors.row_panels()) == 8
+    error = float((vectors.gram(1, rough=rough).double() - exact).norm() / exact.norm())
+    assert error < (1e-2 if rough else 1e-6)
+
+
 def test_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums over the rows of a matrix are taken by the coordinates of the column of ones."""
     left, right = [drawn(60, 4, seed=t) for t in range(3)], [drawn(4, 50, seed=10 + t) for t in range(3)]

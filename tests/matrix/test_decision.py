@@ -175,6 +175,22 @@ def test_a_merge_in_other_units() -> None:
     assert (plain.refinement, plain.refinement_norm) == (None, None)
 
 
+@pytest.mark.parametrize("bounds", [Bounds(length="orthogonal"), Bounds(retention=True)], ids=["length", "retention"])
+def test_bounds_scale_the_refinement_with_the_merge(bounds: Bounds) -> None:
+    vectors = layer(steep_updates(60, 20, 4))
+    options = replace(ACE, correlation_threshold=0.0)
+    free = merge_by_covariance(vectors, replace(options, bounds=Bounds()))
+    bounded = merge_by_covariance(vectors, replace(options, bounds=bounds))
+    assert free.scale_factor == 1.0
+    assert bounded.scale_factor < 0.9
+    assert free.refinement is not None
+    assert bounded.refinement is not None
+    torch.testing.assert_close(bounded.task_vector, bounded.scale_factor * free.task_vector)
+    torch.testing.assert_close(bounded.refinement.update, bounded.scale_factor * free.refinement.update)
+    assert bounded.refinement_norm == pytest.approx(bounded.scale_factor * free.refinement.norm)
+    assert bounded.refinement.level == pytest.approx(bounded.scale_factor * free.refinement.level)
+
+
 def test_which_options_take_measured_moments() -> None:
     assert takes_measured(ACE)
     assert takes_measured(WUDI)

@@ -73,6 +73,11 @@ def test_vectors_in_float32() -> None:
     rank_one[0, 0] = 2.0
     assert estimated_vectors(rank_one, 2).error == math.inf
     assert estimated_vectors(rank_one, 1).error < 1e-6
+    # All directions, of which one is none: rounding of the others is no estimate of it.
+    without = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    without[2] = 0.0
+    assert estimated_vectors(without, 3).error == math.inf
+    assert 0 < estimated_vectors(without[:2], 2).error < 1e-5
     # All directions: nothing is exchanged across a cut.
     every = estimated_vectors(matrix, 40)
     assert 0 < every.error < found.error

@@ -13,6 +13,7 @@ from mergekit_ace.linalg import bfloat16, low_rank
 from mergekit_ace.matrix import dense, from_reference, matrix_weights, merge, rough_moments, stacked_rows
 from mergekit_ace.matrix.budget import FOLLOWING, PRODUCTS, SHARE_OF_ROUNDING, error_budget
 from mergekit_ace.matrix.decision import decide
+from mergekit_ace.matrix.diagnostics import diagnostics
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.options import Bounds
@@ -255,15 +256,25 @@ ROUTES = {
 @pytest.mark.parametrize("route", ROUTES)
 def test_each_route_names_the_tensor_whose_system_it_factorizes(route: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, assemble, updates = ROUTES[route]
-    named = []
+    named, conditions = [], []
     original = module.cholesky_factor
 
     def factor(matrix: Tensor, *, what: str) -> Tensor:
         named.append(what)
+        conditions.append(float(torch.linalg.cond(matrix)))
         return original(matrix, what=what)
 
     monkeypatch.setattr(module, "cholesky_factor", factor)
     if assemble is not None:
         monkeypatch.setattr(merge, "assemble", assemble)
-    merge_by_covariance(layer(updates()), SOLVED)
+    options = with_epsilon(SOLVED, 1e-2)
+    assert merge_by_covariance(layer(updates()), options).condition is None
     assert named == ["layers.0.up_proj.weight"]
+    with diagnostics():
+        condition = merge_by_covariance(layer(updates()), options).condition
+    assert condition is not None
+    if route == "few rows":
+        # The ridge alone is in the directions that the rows leave.
+        assert condition >= conditions[1]
+    else:
+        assert condition == pytest.approx(conditions[1], rel=0.02)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_ace.matrix.balanced import large_share, merge_balanced
-from mergekit_ace.matrix.bounds import effective_experts, longest_allowed, mean_energy, scale_factor
+from mergekit_ace.matrix.balanced import averaged_share, merge_balanced
+from mergekit_ace.matrix.bounds import effective_experts, large_share, longest_allowed, mean_energy, scale_factor
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.task_vectors import TaskVectors
 
@@ -88,10 +88,17 @@ def test_what_a_merge_is_scaled_by() -> None:
 def test_how_large_updates_are_for_their_base() -> None:
     # ||W_0||^2 = 12 * 100; mean energy 12.5
     near = vectors(entry(0, 0, 3.0), entry(1, 1, 4.0), base=10.0)
-    assert large_share(near) == pytest.approx(12.5 / (12.5 + 0.01 * 1200))
-    assert large_share(ORTHOGONAL) == 1.0
+    assert averaged_share(near) == pytest.approx(12.5 / (12.5 + 0.01 * 1200))
+    size = math.sqrt(12.5 / 1200)
+    assert large_share(near) == pytest.approx(size**4 / (size**4 + 0.05**4))
+    tiny = vectors(entry(0, 0, 1e-3), entry(0, 0, 1e-3))
+    tiny.base_norm = 1e300
+    assert 0 < large_share(tiny) < 1e-30
+    for share in (averaged_share, large_share):
+        assert share(ORTHOGONAL) == 1.0
+        assert share(vectors(entry(0, 0, 0.0), entry(0, 0, 1.0))) == 1.0
     near.base_norm = None
-    assert large_share(near) == 0.0
+    assert averaged_share(near) == large_share(near) == 0.0
 
 
 def test_balanced_updates_are_as_long_as_one() -> None:

@@ -118,8 +118,8 @@ def _change_remedy(e: Evidence) -> str:
     bound = e.settings.get("length_bound", True)
     by_size = bound == "auto" and decision is not None and decision.large > 0.5
     if bound is True or by_size or e.facts.averaged == 1:
-        return "Set lambda nearer to 0."
-    return "Set length_bound: true, or lambda nearer to 0."
+        return "Set lambda nearer to 0, such as 0.5."
+    return "Set length_bound: true, or lambda nearer to 0, such as 0.5."
 
 
 def _ridge(e: Evidence) -> float | None:

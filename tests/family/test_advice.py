@@ -76,7 +76,7 @@ def test_defaults_merge_full_fine_tunes_in_silence(
 def test_a_bound_that_has_no_effect_is_no_remedy(caplog: pytest.LogCaptureFixture) -> None:
     """Of adapters that are merged without second moments: lambda is what there is."""
     (large,) = [message for message in logged(caplog, "ace", ADAPTERS, change=0.5) if "of its norm" in message]
-    assert "Set lambda nearer to 0." in large
+    assert "Set lambda nearer to 0, such as 0.5." in large
     assert "length_bound" not in large
     plain, bounded = (
         merge_state_dicts(models(ADAPTERS, 0.5, torch.float32), "ace", base="base", parameters=parameters)[NAME]
@@ -85,10 +85,10 @@ def test_a_bound_that_has_no_effect_is_no_remedy(caplog: pytest.LogCaptureFixtur
     assert torch.equal(plain, bounded)
     for parameters in ({"length_bound": False}, {"preset": "0.1"}):
         (full,) = [m for m in logged(caplog, "ace", FULL, change=0.5, parameters=parameters) if "of its norm" in m]
-        assert "Set length_bound: true, or lambda nearer to 0." in full
+        assert "Set length_bound: true, or lambda nearer to 0, such as 0.5." in full
     # By their size they are bounded already.
     (full,) = [m for m in logged(caplog, "ace", FULL, change=0.5) if "of its norm" in m]
-    assert "Set lambda nearer to 0." in full
+    assert "Set lambda nearer to 0, such as 0.5." in full
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -277,18 +277,18 @@ SENTENCES: list[tuple[str, Evidence, str]] = [
         "change",
         evidence(relative_change=0.3),
         "the merge changes the weight by 30% of its norm, more than 20%: updates that large do not add up. "
-        "Set length_bound: true, or lambda nearer to 0.",
+        "Set length_bound: true, or lambda nearer to 0, such as 0.5.",
     ),
-    ("change", evidence(relative_change=0.3, settings={"length_bound": True}), ". Set lambda nearer to 0."),
-    ("change", evidence(relative_change=0.3, large=0.6), ". Set lambda nearer to 0."),
-    ("change", evidence(relative_change=0.3, large=0.4), ". Set length_bound: true, or lambda nearer to 0."),
+    ("change", evidence(relative_change=0.3, settings={"length_bound": True}), ". Set lambda nearer to 0, such as 0.5."),
+    ("change", evidence(relative_change=0.3, large=0.6), ". Set lambda nearer to 0, such as 0.5."),
+    ("change", evidence(relative_change=0.3, large=0.4), ". Set length_bound: true, or lambda nearer to 0, such as 0.5."),
     (
         "change",
         evidence(relative_change=0.3, large=1.0, settings={"length_bound": False}),
-        ". Set length_bound: true, or lambda nearer to 0.",
+        ". Set length_bound: true, or lambda nearer to 0, such as 0.5.",
     ),
-    ("change", evidence(relative_change=0.3, settings={}), ". Set lambda nearer to 0."),
-    ("change", evidence(relative_change=0.3, facts={"averaged": 1}), ". Set lambda nearer to 0."),
+    ("change", evidence(relative_change=0.3, settings={}), ". Set lambda nearer to 0, such as 0.5."),
+    ("change", evidence(relative_change=0.3, facts={"averaged": 1}), ". Set lambda nearer to 0, such as 0.5."),
     (
         "ridge",
         evidence(facts={"ridge": 12.34}),

@@ -21,7 +21,7 @@ from mergekit_ace.adapters.other_tensors import merged_biases, merged_replacemen
 from mergekit_ace.adapters.request import Request
 from mergekit_ace.factors.formats.diffusers import write_diffusers
 from mergekit_ace.factors.formats.kohya import write_kohya
-from mergekit_ace.factors.formats.peft import with_wrapper
+from mergekit_ace.factors.formats.peft_keys import with_wrapper
 from mergekit_ace.factors.formats.peft_output import Configuration, bias_key, biased, tokens_key, write_peft
 from mergekit_ace.factors.formats.peft_settings import unknown_settings
 from mergekit_ace.factors.model import Factors, Layout, Place, no_update, padded

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mergekit_ace.factors.formats.diffusers import is_diffusers, read_diffusers
 from mergekit_ace.factors.formats.kohya import is_kohya, read_kohya
-from mergekit_ace.factors.formats.peft import PREFIX, read_peft
+from mergekit_ace.factors.formats.peft import read_peft
+from mergekit_ace.factors.formats.peft_keys import PREFIX
 from mergekit_ace.factors.model import Adapter
 from mergekit_ace.factors.tensors import AdapterError, Tensors, open_tensors
 

@@ -279,13 +279,21 @@ SENTENCES: list[tuple[str, Evidence, str]] = [
         "the merge changes the weight by 30% of its norm, more than 20%: updates that large do not add up. "
         "Set length_bound: true, or lambda nearer to 0, such as 0.5.",
     ),
-    ("change", evidence(relative_change=0.3, settings={"length_bound": True}), ". Set lambda nearer to 0, such as 0.5."),
+    (
+        "change",
+        evidence(relative_change=0.3, settings={"length_bound": True}),
+        ". Set lambda nearer to 0, such as 0.5.",
+    ),
     ("change", evidence(relative_change=0.3, large=0.6), ". Set lambda nearer to 0, such as 0.5."),
-    ("change", evidence(relative_change=0.3, large=0.4), ". Set length_bound: true, or lambda nearer to 0, such as 0.5."),
+    (
+        "change",
+        evidence(relative_change=0.3, large=0.4),
+        " length_bound: true, or lambda nearer to 0, such as 0.5.",
+    ),
     (
         "change",
         evidence(relative_change=0.3, large=1.0, settings={"length_bound": False}),
-        ". Set length_bound: true, or lambda nearer to 0, such as 0.5.",
+        " length_bound: true, or lambda nearer to 0, such as 0.5.",
     ),
     ("change", evidence(relative_change=0.3, settings={}), ". Set lambda nearer to 0, such as 0.5."),
     ("change", evidence(relative_change=0.3, facts={"averaged": 1}), ". Set lambda nearer to 0, such as 0.5."),

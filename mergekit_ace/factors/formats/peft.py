@@ -6,7 +6,6 @@ What peft 0.21 computes from these, read in its source: `layer.py` (scaling, emb
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_ace.factors import conversion
+from mergekit_ace.factors.formats.peft_keys import sorted_keys
 from mergekit_ace.factors.formats.peft_parameters import Shape, named, without_wrappers
 from mergekit_ace.factors.formats.peft_settings import (
     WAY_AROUND,
@@ -27,27 +27,6 @@ from mergekit_ace.factors.formats.peft_settings import (
 from mergekit_ace.factors.formats.shapes import require_loha, require_lokr
 from mergekit_ace.factors.model import Adapter, Factors, Place, TokenRows, Update, Vector
 from mergekit_ace.factors.tensors import AdapterError, Tensors
-
-PREFIX = "base_model.model."
-_PARTS = (
-    "lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_E|lora_magnitude_vector|hada_(?:w1_a|w1_b|w2_a|w2_b|t1|t2)|"
-    "lokr_(?:w1|w1_a|w1_b|w2|w2_a|w2_b|t2)"
-)
-_PART = re.compile(rf"^(?P<module>.+)\.(?P<part>{_PARTS})(?:\.(?P<leaf>weight|bias))?$")
-_WRAPPED_BIAS = ".base_layer.bias"
-_TOKENS = ".token_adapter.trainable_tokens_delta"
-# A key of a model's own state dict, with the adapter's name in it.
-_WITH_NAME = re.compile(
-    rf"\.(?:{_PARTS}|trainable_tokens_delta)\.(?!(?:weight|bias)$)[^.]+(?:\.(?:weight|bias))?$|"
-    r"\.(?:modules_to_save|original_module)\..*(?<!\.bias)$"
-)
-# With `bias: all` peft saves the biases of whole modules once more, under the names that they have in its wrappers.
-_AGAIN = re.compile(r"\.(?:modules_to_save|original_module)\..*\.bias$")
-_WRAPPERS = {
-    "_orig_mod": "torch.compile",
-    "_fsdp_wrapped_module": "FSDP",
-    "_checkpoint_wrapped_module": "activation checkpointing",
-}
 
 
 def read_peft(
@@ -66,74 +45,31 @@ def read_peft(
         AdapterError: its update is not low-rank factors, or the two do not fit each other.
     """
     require_convertible(settings, name=name)
-    reader = _Reader(tensors, settings, kind_of(settings), name, conv1d)
-    for key in tensors:
-        reader.sort(key)
-    return reader.adapter()
+    return _Reader(tensors, settings, name, conv1d).adapter()
 
 
 class _Reader:
-    """Sorts keys into modules, and makes updates of them."""
+    """Makes updates of the modules that keys belong to."""
 
     def __init__(
         self,
         tensors: Tensors,
         settings: Mapping[str, Any],
-        kind: str,
         name: str,
         conv1d: Callable[[str], bool] | None,
     ) -> None:
         self._tensors = tensors
         self._settings = settings
-        self._kind = kind
+        self._kind = kind_of(settings)
         self._name = name
         self._conv1d = conv1d or (lambda module: False)
-        self._modules: dict[str, dict[str, str]] = defaultdict(dict)
-        self._biases: dict[str, str] = {}
-        self._replaced: dict[str, Vector] = {}
-        self._tokens: dict[str, TokenRows] = {}
-
-    def sort(self, key: str) -> None:
-        if _AGAIN.search(key):
-            return
-        self._require_plain(key)
-        found = _PART.match(key)
-        if found is not None:
-            module = found["module"].removeprefix(PREFIX)
-            if found["leaf"] == "bias":
-                self._biases[module] = key
-            else:
-                self._modules[module][found["part"]] = key
-        elif key.endswith(_TOKENS):
-            module = key.removesuffix(_TOKENS).removeprefix(PREFIX)
-            self._tokens[module] = TokenRows(indices=self._indices(module, key), rows=self._vector(key))
-        else:
-            self._replaced[without_wrapper(key)] = self._vector(key)
-
-    def _require_plain(self, key: str) -> None:
-        """Refuse keys that `save_pretrained` does not write, and that peft would pass over."""
-        if _WITH_NAME.search(key):
-            raise AdapterError(
-                f"adapter {self._name}: keys must not hold an adapter's name; got {key}. "
-                "Take them from peft's get_peft_model_state_dict, or give the PeftModel itself"
-            )
-        for part in key.split("."):
-            if part in _WRAPPERS:
-                raise AdapterError(
-                    f"adapter {self._name}: keys must be those of the model itself; got {key}, with {part} of "
-                    f"{_WRAPPERS[part]}, which peft passes over. Rename the keys without it"
-                )
-        if PREFIX in key and not key.startswith(PREFIX):
-            raise AdapterError(
-                f"adapter {self._name}: keys must begin with {PREFIX}; got {key}, which peft passes over. Rename the "
-                f"keys without {key[: key.index(PREFIX)]}"
-            )
+        self._keys = sorted_keys(tensors, adapter=name)
 
     def adapter(self) -> Adapter:
         declared = self._declared()
-        updates = [self._update(module, parts, declared) for module, parts in self._modules.items()]
-        biases = {module: self._bias(module, key) for module, key in self._biases.items()}
-        if not (updates or self._replaced or self._tokens):
+        keys = self._keys
+        updates = [self._update(module, parts, declared) for module, parts in keys.modules.items()]
+        if not (updates or keys.replaced or keys.tokens):
             raise AdapterError(f"adapter {self._name} must hold LoRA factors; it holds no tensor that peft knows")
         base = self._settings.get("base_model_name_or_path")
         return Adapter(
@@ -141,9 +77,12 @@ class _Reader:
             layout="peft",
             base=str(base) if base else None,
             updates={update.place.weight: update for update in updates},
-            bias_updates=biases,
-            replaced=self._replaced,
-            tokens=self._tokens,
+            bias_updates={module: self._bias(module, key) for module, key in keys.biases.items()},
+            replaced={tensor: self._vector(key) for tensor, key in keys.replaced.items()},
+            tokens={
+                module: TokenRows(indices=self._indices(module, key), rows=self._vector(key))
+                for module, key in keys.tokens.items()
+            },
             settings=self._settings,
         )
 
@@ -207,7 +146,7 @@ class _Reader:
         """
         owners: dict[str, dict[str, Shape]] = defaultdict(dict)
         targets: dict[str, tuple[str, ...]] = {}
-        for module, parts in self._modules.items():
+        for module, parts in self._keys.modules.items():
             if self._kind == "LORA" and {"lora_A", "lora_B"} <= parts.keys():
                 down, up = (self._tensors.shape(parts[part]) for part in ("lora_A", "lora_B"))
                 if len(down) == len(up) == 2 and (parameters := self._parameters(module, down[0])):
@@ -353,16 +292,6 @@ class _Reader:
                 f"adapter {self._name} must hold linear layers where it is {self._kind}; {module} is a convolution, "
                 f"whose update is no product of two stored factors. {WAY_AROUND}"
             )
-
-
-def without_wrapper(key: str) -> str:
-    """The key of a bias in a model in which its module has no adapter."""
-    return f"{key.removesuffix(_WRAPPED_BIAS)}.bias" if key.endswith(_WRAPPED_BIAS) else key
-
-
-def with_wrapper(key: str) -> str:
-    """The key of a bias in a model in which its module has an adapter."""
-    return f"{key.removesuffix('.bias')}{_WRAPPED_BIAS}"
 
 
 def _is_suffix(suffix: str, name: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from mergekit_ace.factors.conversion import to_stack
-from mergekit_ace.factors.formats.peft import PREFIX, with_wrapper
+from mergekit_ace.factors.formats.peft_keys import PREFIX, with_wrapper
 from mergekit_ace.factors.formats.peft_parameters import without_wrappers
 from mergekit_ace.factors.model import Adapter, Factors, Place
 from mergekit_ace.factors.tensors import AdapterError

@@ -3,7 +3,7 @@
 import math
 import random
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from mergekit_ace.matrix.diagnostics import diagnostics
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.options import Bounds
-from mergekit_ace.matrix.presets import ACE, ACTMAT, with_epsilon
+from mergekit_ace.matrix.presets import ACE, ACE_PUBLISHED, ACTMAT, with_epsilon
 from mergekit_ace.matrix.row_factors import row_factors
 from mergekit_ace.matrix.second_moment import RegularizedMoment
 from mergekit_ace.matrix.task_vectors import TaskVectors
@@ -115,6 +115,22 @@ def test_centered_rows_remember_their_means() -> None:
     plain = row_factors(layer(steep_updates(8, 25, 3)), center=False)
     assert plain is not None
     assert plain.rows.shape == (24, 25)
+
+
+@pytest.mark.parametrize("epsilon", ["auto", 1e-2])
+def test_few_rows_that_are_all_equal_have_no_part_in_the_system(
+    epsilon: float | Literal["auto"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = torch.linspace(-1, 1, 64, dtype=torch.float64)
+    vectors = layer([*steep_updates(8, 64, 2), row.repeat(8, 1)], base_scale=0.0)
+    options = with_epsilon(replace(ACE_PUBLISHED, gate=None), epsilon)
+    factors = row_factors(vectors, center=True)
+    assert factors is not None
+    few = merge_by_covariance(vectors, options)
+    monkeypatch.setattr(merge, "assemble", dense.assemble_dense)
+    expected = merge_by_covariance(vectors, options)
+    assert few.moments[2].trace == expected.moments[2].trace == 0.0
+    torch.testing.assert_close(few.task_vector, expected.task_vector, rtol=0, atol=1e-9)
 
 
 def in_bfloat16(monkeypatch: pytest.MonkeyPatch, *, smallest: int = 0) -> None:

@@ -61,6 +61,7 @@ def test_where_tensors_are_cut(shape: tuple[int, ...], sizes: list[int], monkeyp
 def test_pieces_for_products() -> None:
     assert row_slices(10, 4, most=12) == [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 10)]
     assert row_slices(2, 4, most=3) == [slice(0, 1), slice(1, 2)]
+    assert row_slices(5, 1, most=3) == [slice(0, 3), slice(3, 5)]
     assert row_slices(5, 0) == [slice(0, 5)]
     assert row_slices(0, 4) == []
     # 2^22 elements, or 1024 rows; 2^26 elements on a device, and of rows that are longer.

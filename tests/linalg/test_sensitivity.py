@@ -103,6 +103,7 @@ def test_what_is_told_of_singular_vectors(shape: tuple[int, int]) -> None:
         assert top.singular_values.device.type == "cpu"
     # Without an error that is allowed there is no float32, nor without directions.
     assert dominant_subspace(matrix.float(), 0, error=1.0).singular_values.shape == (0,)
+    assert dominant_subspace(matrix.float(), 1, error=1.0).estimated_error is not None
     loose = dominant_subspace(matrix.float(), 2, error=1.0)
     assert loose.estimated_error is not None
     assert loose.products is None

@@ -14,6 +14,7 @@ from mergekit_ace.matrix.bounds import scale_factor
 from mergekit_ace.matrix.budget import FOLLOWING, PRODUCTS, SHARE_OF_ROUNDING, error_budget
 from mergekit_ace.matrix.decision import decide
 from mergekit_ace.matrix.merge import merge_by_covariance
+from mergekit_ace.matrix.normal_equations import retention
 from mergekit_ace.matrix.presets import ACE, ACE_PUBLISHED, with_epsilon
 from mergekit_ace.matrix.refinement import spectral_refinement
 from mergekit_ace.matrix.second_moment import (
@@ -97,6 +98,14 @@ def test_rows_that_are_all_equal_have_no_centered_moment(epsilon: float | Litera
     if epsilon != "auto":
         fixed = regularize(vectors, 0, options, unnormalized, squared=0.0)
         assert fixed == RegularizedMoment(scale=1.0, ridge=0.5, trace=0.0, squared_norm=0.0)
+
+
+def test_the_retention_is_the_response_over_the_experts_own() -> None:
+    moments = [RegularizedMoment(scale=2.0, ridge=0.5, trace=4.0, squared_norm=3.0, response=r) for r in (None, 10.0)]
+    # 0.5 (2 * 3 + 0.5 * 4) + 1.5 * 10
+    assert retention(38.0, moments, [0.5, 1.5]) == pytest.approx(2.0)
+    nothing = RegularizedMoment(scale=0.0, ridge=0.0, trace=0.0, squared_norm=0.0)
+    assert retention(1.0, [nothing], [1.0]) == 0.0
 
 
 def test_ridges_by_hand() -> None:

@@ -7,11 +7,11 @@ import math
 from mergekit_ace.matrix.options import LengthBound
 from mergekit_ace.matrix.task_vectors import TaskVectors
 
-_TOLERATED_UPDATE = 0.05
+_TOLERATED_UPDATE = 0.025
 _STEEPNESS = 4
 """Random noise of 5 percent of every matrix's norm takes 2 percent of what experts of a 135M language model gained, and
 of 10 percent a third: 16 times as much for twice the noise. Updates of full fine-tunes lie where the inputs are, and
-change outputs by two to four times as much as random noise of their norm."""
+change outputs by two to four times as much as random noise of their norm: a fortieth is what a tenth of noise is."""
 # Its share is far below rounding, and the power of more could overflow.
 _CLEARLY_SMALL = 1e9
 # A limit for an ill-conditioned solve; matrices of real fine-tunes stay at about half of it.
@@ -43,9 +43,9 @@ def mean_energy(task_vectors: TaskVectors) -> float:
 
 
 def large_share(task_vectors: TaskVectors) -> float:
-    """How far updates are large for their base, from 0 for small ones to 1; a half at a twentieth of its norm.
+    """How far updates are large for their base, from 0 for small ones to 1; a half at a fortieth of its norm.
 
-        w = s^4 / (s^4 + 0.05^4),    s^2 = mean_t(a_t ||D_t||^2) / ||W_0||^2
+        w = s^4 / (s^4 + 0.025^4),    s^2 = mean_t(a_t ||D_t||^2) / ||W_0||^2
 
     Args:
         task_vectors: of at least one expert. Where the base's norm is not known, the updates count as small.

@@ -90,7 +90,7 @@ def test_how_large_updates_are_for_their_base() -> None:
     near = vectors(entry(0, 0, 3.0), entry(1, 1, 4.0), base=10.0)
     assert averaged_share(near) == pytest.approx(12.5 / (12.5 + 0.01 * 1200))
     size = math.sqrt(12.5 / 1200)
-    assert large_share(near) == pytest.approx(size**4 / (size**4 + 0.05**4))
+    assert large_share(near) == pytest.approx(size**4 / (size**4 + 0.025**4))
     tiny = vectors(entry(0, 0, 1e-3), entry(0, 0, 1e-3))
     tiny.base_norm = 1e300
     assert 0 < large_share(tiny) < 1e-30

@@ -20,7 +20,7 @@ from tests.reference.weights import participants
 CORRELATION = 0.05
 NEARLY_ALL = 0.9
 LEAST_SHRINKAGE = 0.95
-TOLERATED_NOISE, TOLERATED_UPDATE = 0.1, 0.05
+TOLERATED_NOISE, TOLERATED_UPDATE = 0.1, 0.025
 
 
 def shrinkage(second_moment: Tensor, samples: int) -> float:
@@ -79,7 +79,7 @@ def size(D: list[Tensor], a: list[float], base_norm: float) -> float:
 
 
 def share_of_large(D: list[Tensor], a: list[float], base_norm: float | None) -> float:
-    """How far updates are large for the base, a half at a twentieth of its norm; 0 where that is not known."""
+    """How far updates are large for the base, a half at a fortieth of its norm; 0 where that is not known."""
     if base_norm is None:
         return 0.0
     return size(D, a, base_norm) ** 4 / (size(D, a, base_norm) ** 4 + TOLERATED_UPDATE**4)

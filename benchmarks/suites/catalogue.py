@@ -164,6 +164,7 @@ LLM_MEDIUM = replace(
     name="llm-medium",
     experts=tuple(replace(expert, steps=120, learning_rate=1e-3) for expert in LLM_FOUR.experts),
 )
+"""Experts as those of `llm-long`, with updates half as large."""
 LLM_LORA = Suite(
     name="llm-lora",
     kind="chat",

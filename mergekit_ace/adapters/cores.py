@@ -72,8 +72,3 @@ def matrices(name: str, place: Place, changed: Sequence[Changed]) -> Iterator[tu
                 for each in changed
             ],
         )
-
-
-def transposed(factors: Factors) -> Factors:
-    """The factors of the transposed update."""
-    return Factors(left=factors.right.mT, right=factors.left.mT)

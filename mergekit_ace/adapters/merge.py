@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ace.adapters.base_norms import BaseNorms, norm_of
-from mergekit_ace.adapters.cores import Changed, Cores, matrices, transposed
+from mergekit_ace.adapters.cores import Changed, Cores, matrices
 from mergekit_ace.adapters.effect import require_effect
 from mergekit_ace.adapters.merged_weight import MergedMatrix, MergedWeight, WeightReport, joined
 from mergekit_ace.adapters.request import Request
@@ -93,7 +93,7 @@ class AdapterMerge:
         if sized:
             self._warn_of_unknown_base()
         for matrix, index, updates in matrices(name, place, self.read(place, parameters["weight"])):
-            factors = [transposed(each.factors) if turned else each.factors for each in updates]
+            factors = [each.factors.transposed if turned else each.factors for each in updates]
             moments = None
             if solved:
                 having = self._request.having(place, parameters["weight"])
@@ -189,7 +189,7 @@ class AdapterMerge:
             held = cut.of_rank(rank)
         factors = space.factors(held, rank)
         return MergedMatrix(
-            factors=transposed(factors) if cores.turned else factors,
+            factors=factors.transposed if cores.turned else factors,
             energy=squared_norm(merged),
             energy_lost=squared_norm(merged - held),
             outputs_kept=tuple(outputs_kept(held, space.cores)),

@@ -73,6 +73,11 @@ class Factors:
         """`r`: columns of `left`."""
         return int(self.left.shape[-1])
 
+    @property
+    def transposed(self) -> Factors:
+        """`D^T`, of the same storage."""
+        return Factors(left=self.right.mT, right=self.left.mT)
+
 
 def no_update(place: Place) -> Factors:
     """Factors of rank 1 that leave a weight as it is."""

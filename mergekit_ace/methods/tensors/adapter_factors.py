@@ -68,7 +68,7 @@ def _factors(expert: ModelReference, base: ModelReference, name: str, stored: Te
         return _not_the_tensors(expert, name)
     factors = update.read()
     if update.place.transposed:
-        factors = Factors(left=factors.right.mT, right=factors.left.mT)
+        factors = factors.transposed
     dtype = working_dtype(stored.dtype)
     factors = Factors(left=factors.left.to(stored.device, dtype), right=factors.right.to(stored.device, dtype))
     return factors if _is_update(factors, stored, tensor) else _not_the_tensors(expert, name)

@@ -77,7 +77,7 @@ def matrices(
         factors: of each expert's update, as stored, where all are known; of two dimensions only.
     """
     if parameters["input_axis"] == "first":
-        factors = [Factors(left=each.right.mT, right=each.left.mT) for each in factors]
+        factors = [each.transposed for each in factors]
     for place in [()] if base.ndim == 2 else [(index,) for index in range(base.shape[0])]:
         yield Matrix(
             name="".join([name, *(f"[{index}]" for index in place)]),

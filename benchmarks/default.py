@@ -29,7 +29,7 @@ from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.merge import MatrixMerge, merge_by_covariance
 from mergekit_ace.matrix.presets import ACE
 from mergekit_ace.matrix.task_vectors import TaskVectors
-from mergekit_ace.policy import treatment
+from mergekit_ace.tensor_treatment import treatment
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = ("2304x768:7", "768x3072:7", "1024x1024:8", "3072x1024:4")

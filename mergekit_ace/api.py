@@ -20,8 +20,8 @@ from torch import Tensor
 from mergekit_ace import __version__, register
 from mergekit_ace.checks.preflight import require_sound_inputs, require_sound_plan
 from mergekit_ace.checks.spelling import check_parameters
-from mergekit_ace.engine.merging import Request
-from mergekit_ace.engine.merging import merge as write_merge
+from mergekit_ace.engine.driver import Request
+from mergekit_ace.engine.driver import merge as write_merge
 from mergekit_ace.engine.workers.inline import inline
 from mergekit_ace.mergekit_internals import align_dtype, bound_parameters
 from mergekit_ace.methods.layerwise import LayerwiseMethod

@@ -16,6 +16,7 @@ from mergekit_ace.adapters.request import Request
 from mergekit_ace.adapters.result import MergedAdapter, in_memory
 from mergekit_ace.adapters.truncation import Rank
 from mergekit_ace.adapters.write import write_merged
+from mergekit_ace.damaged_files import message_of
 from mergekit_ace.factors.model import Adapter
 from mergekit_ace.factors.opening import (
     adapter_from_tensors,
@@ -26,7 +27,6 @@ from mergekit_ace.factors.opening import (
 )
 from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.staging import staged
-from mergekit_ace.unreadable import message_of
 
 _SETTINGS = TypeAdapter(dict[str, ParameterSetting])
 Source = str | Path | tuple[Mapping[str, Tensor], Any] | Mapping[str, Tensor]

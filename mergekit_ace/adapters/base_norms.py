@@ -11,10 +11,10 @@ from huggingface_hub.errors import HFValidationError
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from torch import Tensor
 
+from mergekit_ace.damaged_files import READING, message_of
 from mergekit_ace.factors.model import Place
 from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.linalg.precision import squared_norm
-from mergekit_ace.unreadable import READING, message_of
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _FILES = tuple(f"{name}{end}" for name in _WEIGHTS for end in ("", ".index.json"))

@@ -22,8 +22,8 @@ from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.methods.advice import log_messages
 from mergekit_ace.methods.tensors.measured_moments import moments_for_adapters
 from mergekit_ace.methods.tensors.warnings import MergeWarnings
-from mergekit_ace.policy import Treatment
 from mergekit_ace.printable import printable
+from mergekit_ace.tensor_treatment import Treatment
 
 
 class AdapterMerge:

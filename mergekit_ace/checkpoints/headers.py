@@ -14,8 +14,8 @@ import torch
 from mergekit.io import ShardedTensorIndex
 from safetensors import safe_open
 
-from mergekit_ace.pointers import pointer_words
-from mergekit_ace.unreadable import message_of
+from mergekit_ace.damaged_files import message_of
+from mergekit_ace.git_lfs import pointer_words
 
 # Not every torch that is allowed has them all.
 _DTYPE_NAMES = {

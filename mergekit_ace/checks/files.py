@@ -12,8 +12,8 @@ from mergekit_ace.checkpoints.adapter_folders import ADAPTER_FILES, base_of_adap
 from mergekit_ace.checkpoints.headers import read_file, read_folder
 from mergekit_ace.checkpoints.hub import hub_model
 from mergekit_ace.checkpoints.sources import looks_local
+from mergekit_ace.git_lfs import pointer_words
 from mergekit_ace.mergekit_internals import in_recipe_order
-from mergekit_ace.pointers import pointer_words
 from mergekit_ace.recipe.failures import READING, message_of
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.reading import Recipe

@@ -10,11 +10,11 @@ from mergekit.common import ModelReference
 from mergekit_ace.checkpoints.sources import is_local
 from mergekit_ace.linalg.precision import all_finite
 from mergekit_ace.methods.layerwise import LayerwiseMethod
-from mergekit_ace.policy import is_buffer
 from mergekit_ace.recipe.failures import READING
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
 from mergekit_ace.recipe.treatments import treated
+from mergekit_ace.tensor_treatment import is_buffer
 
 _MOST_NAMES = 3
 # Bytes that are read, the smallest tensors first: all of a small model, the vectors of a large one.

@@ -14,11 +14,11 @@ from mergekit_ace.checkpoints.headers import unlisted_tensors
 from mergekit_ace.checks.prefixes import renamed_remedy
 from mergekit_ace.methods.advice import table_merged_as_matrix
 from mergekit_ace.methods.layerwise import LayerwiseMethod
-from mergekit_ace.policy import is_embedding
 from mergekit_ace.recipe.failures import READING
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
 from mergekit_ace.recipe.treatments import treated
+from mergekit_ace.tensor_treatment import is_embedding
 
 _CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D = re.compile(r"\.(?:c_attn|q_attn|c_proj|c_fc)\.weight$")

@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.text import Text
 
-from mergekit_ace.environment import Fact, examine
+from mergekit_ace.installation import Fact, examine
 from mergekit_ace.printable import printable
 
 _COLOURS = {"ok": "green", "warning": "yellow", "error": "bold red"}

@@ -20,12 +20,12 @@ from mergekit_ace.cli import progress
 from mergekit_ace.cli.adapters import parse_rank, write_adapter
 from mergekit_ace.cli.failures import describe, reported
 from mergekit_ace.cli.help import Command
+from mergekit_ace.engine.driver import Outcome, Request
+from mergekit_ace.engine.driver import merge as run_merge
 from mergekit_ace.engine.dry_run import dry_run
 from mergekit_ace.engine.events import Event
-from mergekit_ace.engine.merging import Outcome, Request
-from mergekit_ace.engine.merging import merge as run_merge
 from mergekit_ace.engine.part import Part
-from mergekit_ace.engine.workers.cluster import LOCAL
+from mergekit_ace.engine.workers.ray_cluster import LOCAL
 from mergekit_ace.engine.workers.staffing import Staff
 from mergekit_ace.printable import printable
 from mergekit_ace.recipe.findings import Finding

@@ -17,9 +17,9 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from mergekit_ace.cli.counts import counted
+from mergekit_ace.engine.driver import Outcome
 from mergekit_ace.engine.dry_run import DryRun
 from mergekit_ace.engine.events import Event, Noted, Planned, ShardMade, TensorMade, Warned, Watcher
-from mergekit_ace.engine.merging import Outcome
 from mergekit_ace.printable import printable
 
 _MOST_FILES = 12

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from mergekit_ace.checkpoints.hub import hub_model
 from mergekit_ace.checkpoints.sources import is_on_hub
-from mergekit_ace.engine.merging import Request
+from mergekit_ace.engine.driver import Request
 from mergekit_ace.engine.part import Part
 from mergekit_ace.engine.plan import plan_shards
 from mergekit_ace.engine.shards import Shard, of_part

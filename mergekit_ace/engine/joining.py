@@ -15,8 +15,8 @@ from mergekit_ace.engine.contents import require_each_once, require_none
 from mergekit_ace.engine.files import CARD, retitled, write_index
 from mergekit_ace.engine.parts import CARD_NAME, FILES, TENSORS, Manifest, read_manifest
 from mergekit_ace.engine.plan import Merge
+from mergekit_ace.engine.provenance import write_record
 from mergekit_ace.engine.receipt import Maker
-from mergekit_ace.engine.record import write_record
 from mergekit_ace.engine.shards import OutputTensor, arranged
 from mergekit_ace.engine.tensor_file import TensorFile, layout
 

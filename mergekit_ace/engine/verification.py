@@ -21,7 +21,7 @@ from mergekit_ace.checkpoints.fingerprint import file_digest
 from mergekit_ace.engine import joining, parts
 from mergekit_ace.engine.architecture import Expected, expected_tensors
 from mergekit_ace.engine.contents import contents
-from mergekit_ace.engine.record import RECORD, Record
+from mergekit_ace.engine.provenance import RECORD, Record
 from mergekit_ace.engine.shards import OutputTensor
 from mergekit_ace.factors.opening import open_adapter
 from mergekit_ace.recipe.failures import READING, message_of

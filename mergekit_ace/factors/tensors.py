@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mergekit_ace.pointers import pointer_words
-from mergekit_ace.unreadable import message_of
+from mergekit_ace.damaged_files import message_of
+from mergekit_ace.git_lfs import pointer_words
 
 
 class AdapterError(ValueError):

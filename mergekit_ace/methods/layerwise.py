@@ -40,8 +40,8 @@ from mergekit_ace.methods.tensors.output_head import heads_of
 from mergekit_ace.methods.tensors.quantized_inputs import require_unquantized_models, require_unquantized_tensors
 from mergekit_ace.methods.tensors.treated_tensor import TreatedTensor
 from mergekit_ace.methods.tensors.warnings import MergeWarnings, begins_a_merge
-from mergekit_ace.policy import Choice, Heads, Treatment, is_embedding, treatment
 from mergekit_ace.printable import printable
+from mergekit_ace.tensor_treatment import Choice, Heads, Treatment, is_embedding, treatment
 
 LOG = logging.getLogger("mergekit_ace")
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mergekit_ace.linalg.precision import all_finite
-from mergekit_ace.policy import is_buffer
 from mergekit_ace.printable import printable
+from mergekit_ace.tensor_treatment import is_buffer
 
 
 def require_in_range(name: str, stored: Tensor, merged: torch.dtype) -> None:

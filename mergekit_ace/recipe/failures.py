@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mergekit_ace.unreadable import READING, message_of
+from mergekit_ace.damaged_files import READING, message_of
 
 __all__ = ["READING", "RecipeError", "message_of"]
 

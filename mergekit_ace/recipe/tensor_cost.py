@@ -12,10 +12,10 @@ from mergekit_ace.matrix.workload import averaging_bytes, by_matrix_weights, unr
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.methods.tensors.measured_moments import measured_inputs
 from mergekit_ace.moments.index import MomentsError
-from mergekit_ace.policy import Treatment
 from mergekit_ace.recipe.arithmetic import Arithmetic, arithmetic_of
 from mergekit_ace.recipe.plan import Plan, PlannedTensor
 from mergekit_ace.recipe.treatments import treated
+from mergekit_ace.tensor_treatment import Treatment
 
 PYTHON = 700_000_000
 """Resident size of a process that has imported torch, transformers and mergekit, in bytes."""

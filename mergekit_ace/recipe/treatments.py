@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.methods.tensors.output_head import heads_of
-from mergekit_ace.policy import Treatment
 from mergekit_ace.recipe.plan import PlannedTensor
+from mergekit_ace.tensor_treatment import Treatment
 
 
 def treated(method: LayerwiseMethod, tensor: PlannedTensor, shape: Sequence[int]) -> Treatment:

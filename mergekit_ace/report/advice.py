@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from mergekit_ace.methods.advice import RULES, Evidence, Rule, table_merged_as_matrix
-from mergekit_ace.policy import HEAD_REASON, is_embedding
 from mergekit_ace.recipe.findings import Finding, by_severity
 from mergekit_ace.report.model import Report, TensorReport
 from mergekit_ace.report.naming import short_names
 from mergekit_ace.report.summary import compared, summarize
 from mergekit_ace.report.wording import number
+from mergekit_ace.tensor_treatment import HEAD_REASON, is_embedding
 
 LOST = 1.0
 """Mean loss above which an expert loses by the merge: the base is nearer to it."""

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from mergekit_ace.engine.driver import Request, merge
 from mergekit_ace.engine.events import Event, ShardMade
-from mergekit_ace.engine.merging import Request, merge
 from mergekit_ace.engine.shard_maker import ShardMaker
 from mergekit_ace.engine.shards import Shard
 from mergekit_ace.engine.tensor_file import TensorFile

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
+from mergekit_ace.engine.driver import Request, merge
 from mergekit_ace.engine.events import Event, Planned, ShardMade
-from mergekit_ace.engine.merging import Request, merge
 from mergekit_ace.engine.receipt import write_whole
-from mergekit_ace.engine.workers import actor, cluster
+from mergekit_ace.engine.workers import ray_actor, ray_cluster
 from mergekit_ace.engine.workers.processes import WorkerError
 from mergekit_ace.engine.workers.staffing import Staff
 from mergekit_ace.recipe.reading import read_recipe
@@ -86,7 +86,7 @@ def test_storage_that_is_not_shared_is_an_error_with_the_nodes_name(
     import socket
 
     # What a node sees whose disk of this name is its own.
-    monkeypatch.setattr(cluster, "write_whole", lambda file, content: write_whole(file, b"another's"))
+    monkeypatch.setattr(ray_cluster, "write_whole", lambda file, content: write_whole(file, b"another's"))
     with pytest.raises(WorkerError, match=f"node {socket.gethostname()} does not see {tmp_path}"):
         merge(request(recipe_file, tmp_path / "out"), Staff(workers=1, ray="auto"))
     assert os.listdir(tmp_path) == []
@@ -105,23 +105,23 @@ def test_an_input_that_a_node_sees_otherwise_is_named(recipe_file: Path, tmp_pat
         plan=MergePlan.model_construct(inputs=inputs),
         places={name: str(tmp_path / "model.safetensors") for name in inputs},
     )
-    actor.require_shared(job, tmp_path / "nonce", "nonce")
+    ray_actor.require_shared(job, tmp_path / "nonce", "nonce")
     (tmp_path / "model.safetensors").write_bytes(b"otherwi")
     with pytest.raises(RuntimeError, match=r"must see the inputs; node .* does not see .*model\.safetensors"):
-        actor.require_shared(job, tmp_path / "nonce", "nonce")
+        ray_actor.require_shared(job, tmp_path / "nonce", "nonce")
 
 
 def test_a_shard_that_kills_its_worker_again_and_again_is_named(
     nodes: Any, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Dying(cluster.Actor):
+    class Dying(ray_cluster.Actor):
         def make(self, file: str) -> list[str]:
             if "00002" in file:
                 os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory is out
             return super().make(file)
 
-    monkeypatch.setattr(cluster, "Actor", Dying)
-    monkeypatch.setattr(cluster, "_ATTEMPTS", 2)
+    monkeypatch.setattr(ray_cluster, "Actor", Dying)
+    monkeypatch.setattr(ray_cluster, "_ATTEMPTS", 2)
     with pytest.raises(WorkerError, match=r"model-00002-of-.* ended its worker 2 times"):
         merge(request(recipe_file, tmp_path / "out"), Staff(workers=1, ray="auto"))
     assert not (tmp_path / "out").exists()
@@ -133,7 +133,7 @@ from pathlib import Path
 from mergekit.options import MergeOptions
 import mergekit_ace
 from mergekit_ace.engine.events import ShardMade
-from mergekit_ace.engine.merging import Request, merge
+from mergekit_ace.engine.driver import Request, merge
 from mergekit_ace.engine.workers.staffing import Staff
 from mergekit_ace.recipe.reading import read_recipe
 
@@ -192,7 +192,7 @@ def test_the_last_shard_of_a_lost_node_goes_to_an_idle_actor(
     _, others = nodes
     doomed, waits, finished = others[1].node_id, tmp_path / "waits", tmp_path / "finished"
 
-    class Last(cluster.Actor):
+    class Last(ray_cluster.Actor):
         def make(self, file: str) -> list[str]:
             if ray.get_runtime_context().get_node_id() == doomed:
                 waits.touch()
@@ -213,8 +213,8 @@ def test_the_last_shard_of_a_lost_node_goes_to_an_idle_actor(
                 finished.touch()
 
     expected_shards = [name for name in expected if name.endswith(".safetensors")]
-    monkeypatch.setattr(cluster, "Actor", Last)
-    monkeypatch.setattr(cluster, "_PATIENCE_SECONDS", 90.0)
+    monkeypatch.setattr(ray_cluster, "Actor", Last)
+    monkeypatch.setattr(ray_cluster, "_PATIENCE_SECONDS", 90.0)
     merge(request(recipe_file, tmp_path / "out"), Staff(workers="auto", ray="auto"), follow)
     assert len(made) == len(expected_shards)
     assert files(tmp_path / "out") == expected
@@ -223,8 +223,8 @@ def test_the_last_shard_of_a_lost_node_goes_to_an_idle_actor(
 def test_without_ray_the_extra_is_named(
     recipe_file: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = cluster.importlib.util.find_spec
-    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))
+    find = ray_cluster.importlib.util.find_spec
+    monkeypatch.setattr(ray_cluster.importlib.util, "find_spec", lambda name: None if name == "ray" else find(name))
     result = invoke("merge", recipe_file, tmp_path / "out", *OPTIONS, "--ray")
     assert result.exit_code == 1
     assert "pip install 'mergekit-ace[ray]'" in result.output

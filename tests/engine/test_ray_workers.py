@@ -10,10 +10,10 @@ import pytest
 
 from mergekit_ace.engine.receipt import Receipt
 from mergekit_ace.engine.shards import Shard
-from mergekit_ace.engine.workers import cluster
-from mergekit_ace.engine.workers.actor import Actor
-from mergekit_ace.engine.workers.cluster import RayWorkers, cpus_each
+from mergekit_ace.engine.workers import ray_cluster
 from mergekit_ace.engine.workers.processes import WorkerError
+from mergekit_ace.engine.workers.ray_actor import Actor
+from mergekit_ace.engine.workers.ray_cluster import RayWorkers, cpus_each
 from tests.engine.receipts import blank_receipt
 
 
@@ -98,7 +98,7 @@ SHARDS = [Shard(file=f"model-{number}", tensors=(), costs=(), reads=()) for numb
 def workers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[RayWorkers, FakeRay]]:
     def started(nodes: Sequence[int], act: Callable[..., None], count: int | None = None) -> tuple[RayWorkers, FakeRay]:
         ray = FakeRay(nodes, act)
-        monkeypatch.setattr(cluster, "_ray", lambda: ray)
+        monkeypatch.setattr(ray_cluster, "_ray", lambda: ray)
         job = SimpleNamespace(model_dump_json=lambda: "job")
         site = SimpleNamespace(stage=SimpleNamespace(receipts=Path("receipts")), watch=lambda event: None)
         return RayWorkers(job, site, "nonce", count, gpus=False), ray  # type: ignore[arg-type]
@@ -179,7 +179,7 @@ def test_actors_that_are_lost_now_and_then_do_not_end_a_merge_that_goes_on(worke
 
 def test_a_cluster_without_a_place_for_any_actor_is_an_error(workers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     team, ray = workers([], lambda *call: None)
-    monkeypatch.setattr(cluster, "_PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr(ray_cluster, "_PATIENCE_SECONDS", -1.0)
     monkeypatch.setattr(ray, "wait", lambda references, **_: ([], references))
     with pytest.raises(WorkerError, match="the cluster has no resources left for one"):
         list(team.make(SHARDS))

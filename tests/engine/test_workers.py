@@ -16,7 +16,7 @@ import torch
 import yaml
 from click.testing import Result
 
-from mergekit_ace.engine.merging import Site
+from mergekit_ace.engine.driver import Site
 from mergekit_ace.engine.workers import processes
 from mergekit_ace.engine.workers.processes import Processes
 from mergekit_ace.engine.workers.staffing import Staff

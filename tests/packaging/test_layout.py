@@ -8,12 +8,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mergekit_ace"
 ORDER = (
-    *("linalg", "matrix", "unreadable", "pointers", "policy", "printable", "quantization", "moments", "factors"),
-    *("mergekit_internals", "staging", "checkpoints", "methods", "registration", "__init__", "autoload", "environment"),
-    *("recipe", "checks", "collecting", "adapters", "engine", "report", "api", "cli", "__main__"),
+    *("linalg", "matrix", "damaged_files", "git_lfs", "tensor_treatment", "printable", "quantization", "moments"),
+    *("factors", "mergekit_internals", "staging", "checkpoints", "methods", "registration", "__init__", "autoload"),
+    *("installation", "recipe", "checks", "collecting", "adapters", "engine", "report", "api", "cli", "__main__"),
 )
 """Lowest first."""
-LOWER_THAN_METHODS = ("linalg", "matrix", "policy", "printable", "moments", "factors", "unreadable")
+LOWER_THAN_METHODS = ("linalg", "matrix", "tensor_treatment", "printable", "moments", "factors", "damaged_files")
 
 
 def unit(module: str) -> str:

@@ -20,8 +20,8 @@ from mergekit.options import MergeOptions
 from mergekit_ace.checkpoints.hub import HubModel, hub_json, hub_model
 from mergekit_ace.checks.files import check_files
 from mergekit_ace.checks.quantized import quantized
+from mergekit_ace.engine.driver import Request
 from mergekit_ace.engine.dry_run import dry_run
-from mergekit_ace.engine.merging import Request
 from mergekit_ace.recipe.findings import Finding
 from mergekit_ace.recipe.reading import Recipe
 from tests.checkpoints import Family, Suite, Update, make_suite

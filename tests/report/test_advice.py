@@ -13,13 +13,13 @@ from mergekit.options import MergeOptions
 
 import mergekit_ace
 from mergekit_ace.methods import advice
-from mergekit_ace.policy import HEAD_REASON
 from mergekit_ace.recipe.planning import planned
 from mergekit_ace.recipe.reading import read_recipe
 from mergekit_ace.report.advice import advise
 from mergekit_ace.report.inspection import assemble, inspect_tensors
 from mergekit_ace.report.model import Report
 from mergekit_ace.report.wording import label
+from mergekit_ace.tensor_treatment import HEAD_REASON
 from tests.checkpoints import Suite, Update, add_adapter, make_suite
 from tests.commands import mergekit_yaml
 from tests.report.recipes import document, write

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mergekit_ace import policy
-from mergekit_ace.policy import Heads, is_embedding, treatment
+from mergekit_ace import tensor_treatment
+from mergekit_ace.tensor_treatment import Heads, is_embedding, treatment
 from tests.zoo.owners import Owned, owned, read
 
 ROWS = read()
@@ -138,7 +138,7 @@ def test_names_of_reports(name: str, shape: tuple[int, ...], kind: str, matrices
 
 REASONS = [
     ("model.rotary_emb.inv_freq", (64,), {}, "buffer", "a buffer, not a weight"),
-    ("lm_head.weight", (9, 4), {"embeddings": "auto", "heads": "named"}, "head", policy.HEAD_REASON),
+    ("lm_head.weight", (9, 4), {"embeddings": "auto", "heads": "named"}, "head", tensor_treatment.HEAD_REASON),
     ("wte.weight", (9, 4), {}, "average", "embedding table or output head (embeddings: average)"),
     ("wte.weight", (9, 4), {"embeddings": "base"}, "base", "embedding table or output head (embeddings: base)"),
     ("wte.weight", (9, 4), {"embeddings": "method"}, "matrix", "matrix"),
@@ -170,7 +170,7 @@ REASONS = [
 
 @pytest.mark.parametrize(("name", "shape", "choices", "kind", "reason"), REASONS)
 def test_reasons(name: str, shape: tuple[int, ...], choices: dict[str, Any], kind: str, reason: str) -> None:
-    assert treatment(name, shape, **choices) == policy.Treatment(kind=kind, reason=reason)  # type: ignore[arg-type]
+    assert treatment(name, shape, **choices) == tensor_treatment.Treatment(kind=kind, reason=reason)  # type: ignore[arg-type]
 
 
 def test_the_vocabulary_axis_makes_a_table_of_any_name() -> None:
@@ -181,11 +181,11 @@ def test_the_vocabulary_axis_makes_a_table_of_any_name() -> None:
     assert is_embedding("model.codebook.3.weight", None)
     assert is_embedding("model.embeddings.3.weights", None)
     assert not is_embedding("model.embeddings.proj.3.weight", None)
-    assert policy.is_output_head("lm_head.weights", None, "named")
-    assert policy.is_output_head("wte.weight", 0, "tied")
-    assert not policy.is_output_head("wte.weight", None, "tied")
-    assert not policy.is_output_head("wte.weight", 0, "named")
-    assert not policy.is_output_head("lm_head.weight", 0, "none")
+    assert tensor_treatment.is_output_head("lm_head.weights", None, "named")
+    assert tensor_treatment.is_output_head("wte.weight", 0, "tied")
+    assert not tensor_treatment.is_output_head("wte.weight", None, "tied")
+    assert not tensor_treatment.is_output_head("wte.weight", 0, "named")
+    assert not tensor_treatment.is_output_head("lm_head.weight", 0, "none")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
-from mergekit_ace.engine.merging import Site
+from mergekit_ace.engine.driver import Site
 from mergekit_ace.engine.receipt import Receipt
 from mergekit_ace.engine.shard_maker import OnTensor, ShardMaker
 from mergekit_ace.engine.shards import Shard

@@ -10,10 +10,10 @@ from typing import Literal
 
 import torch
 
+from mergekit_ace.engine.driver import Site
 from mergekit_ace.engine.events import TensorMade
 from mergekit_ace.engine.job import Job
 from mergekit_ace.engine.memory import free_memory
-from mergekit_ace.engine.merging import Site
 from mergekit_ace.engine.plan import input_files
 from mergekit_ace.engine.shard_maker import OnTensor
 from mergekit_ace.engine.workers.inline import inline
@@ -44,7 +44,7 @@ class Staff:
         options = site.request.options
         on_gpus = options.device is not None and options.device.startswith("cuda")
         if self.ray is not None:
-            from mergekit_ace.engine.workers.cluster import cluster
+            from mergekit_ace.engine.workers.ray_cluster import cluster
 
             count = None if self.workers == "auto" else self.workers
             with cluster(_job(site, self.memory), site, address=self.ray, count=count, gpus=on_gpus) as workers:

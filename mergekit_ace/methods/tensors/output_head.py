@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from mergekit.common import ModelReference
 
-from mergekit_ace.policy import Heads
+from mergekit_ace.tensor_treatment import Heads
 
 # Of classes of transformers whose output is a score for each token of the vocabulary.
 _SCORES_THE_VOCABULARY = ("ForCausalLM", "ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "LMHeadModel")

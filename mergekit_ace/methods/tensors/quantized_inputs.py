@@ -17,9 +17,9 @@ from mergekit.merge_methods.base import TensorGroup
 
 from mergekit_ace.checkpoints.headers import read_file
 from mergekit_ace.checkpoints.quantized import quantization_of_tensors
+from mergekit_ace.damaged_files import READING
 from mergekit_ace.printable import printable
 from mergekit_ace.quantization import Quantization, from_configuration, from_names
-from mergekit_ace.unreadable import READING
 
 
 def require_unquantized_models(models: Sequence[Hashable]) -> None:

@@ -10,7 +10,7 @@ from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
 from mergekit_ace.matrix.expert import Expert
-from mergekit_ace.policy import Treatment
+from mergekit_ace.tensor_treatment import Treatment
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,13 +14,13 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mergekit_ace.engine.driver import Site
 from mergekit_ace.engine.events import TensorMade
 from mergekit_ace.engine.job import Job
-from mergekit_ace.engine.merging import Site
 from mergekit_ace.engine.receipt import Receipt, write_whole
 from mergekit_ace.engine.shards import Shard
-from mergekit_ace.engine.workers.actor import Actor
 from mergekit_ace.engine.workers.processes import WorkerError
+from mergekit_ace.engine.workers.ray_actor import Actor
 from mergekit_ace.recipe.failures import message_of
 
 LOCAL = "local"

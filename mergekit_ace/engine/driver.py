@@ -20,8 +20,8 @@ from mergekit_ace.engine.events import Noted, Planned, ShardMade, Warned, Watche
 from mergekit_ace.engine.files import write_files, write_index
 from mergekit_ace.engine.part import Part
 from mergekit_ace.engine.plan import MergePlan, plan_merge, treatments
+from mergekit_ace.engine.provenance import write_record
 from mergekit_ace.engine.receipt import Notice, Receipt, read_receipts, remove_unfinished
-from mergekit_ace.engine.record import write_record
 from mergekit_ace.engine.shard_maker import noticed
 from mergekit_ace.engine.shards import Shard, arranged, by_cost, of_part
 from mergekit_ace.engine.workers.protocol import Workers

@@ -25,6 +25,7 @@ from mergekit_ace.engine.driver import merge as write_merge
 from mergekit_ace.engine.workers.inline import inline
 from mergekit_ace.mergekit_internals import align_dtype, bound_parameters
 from mergekit_ace.methods.layerwise import LayerwiseMethod
+from mergekit_ace.methods.tensors.model_depth import model_in_memory
 from mergekit_ace.printable import printable
 from mergekit_ace.recipe.plan import Inputs
 from mergekit_ace.recipe.planning import planned
@@ -116,7 +117,7 @@ def merge(
         raise ValueError("out is for folders: a model in memory has no configuration and no tokenizer. Save weights")
     named, base_name = _in_memory(models, base)
     given = _given(parameters, weights, len(named) - 1)
-    with torch.no_grad():
+    with torch.no_grad(), model_in_memory(named[base_name]):
         merged = merge_state_dicts(cast(Any, named), _method(method), base=base_name, parameters=given, out_dtype=dtype)
     return Merged(
         out=None,
@@ -282,7 +283,8 @@ def _inspect_tensors(
         )
         inputs = Inputs(group=group, parameters=bound_parameters(called, group, given))
         aligned = inputs if inputs.is_buffer else Inputs(group=align_dtype(group), parameters=inputs.parameters)
-        reports.extend(inspect_inputs(called, name, aligned, mode))
+        with model_in_memory(named[base]):
+            reports.extend(inspect_inputs(called, name, aligned, mode))
     experts = tuple(name for name in named if name != base)
     ours = isinstance(called, LayerwiseMethod)
     return Report(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
+from mergekit.common import ModelReference
 from mergekit.io import LazyTensorLoader, ShardedTensorIndex
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from mergekit_ace.damaged_files import READING, message_of
 from mergekit_ace.factors.model import Place
 from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.linalg.precision import squared_norm
+from mergekit_ace.methods.tensors.model_depth import depth_of
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _FILES = tuple(f"{name}{end}" for name in _WEIGHTS for end in ("", ".index.json"))
@@ -72,12 +74,20 @@ class BaseNorms:
         return self._loader is not None
 
     @cached_property
+    def depth(self) -> int | None:
+        """How many blocks the base has, one after another; None where its configuration is not at hand."""
+        return None if self._at is None else depth_of([ModelReference.model_validate(str(self._at))])
+
+    @cached_property
+    def _at(self) -> Path | None:
+        return None if self._base is None else _folder(self._base)
+
+    @cached_property
     def _loader(self) -> LazyTensorLoader | None:
-        folder = None if self._base is None else _folder(self._base)
-        if folder is None:
+        if self._at is None:
             return None
         try:
-            return LazyTensorLoader.from_disk(str(folder))
+            return LazyTensorLoader.from_disk(str(self._at))
         except READING as error:
             raise self._unreadable(error) from error
 

@@ -32,6 +32,7 @@ class Cores:
         turned: the factors are those of the transposed updates.
         measured: each adapter's measured second moment of the inputs; None where the recipe asks for none.
         base_norm: of the base's matrix; None where it is not known or not asked for.
+        depth: as in `TaskVectors`.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Cores:
     turned: bool
     measured: Sequence[MeasuredMoment | None] | None = None
     base_norm: float | None = None
+    depth: int | None = None
 
     @cached_property
     def task_vectors(self) -> TaskVectors:
@@ -53,7 +55,7 @@ class Cores:
             )
             for t, (each, core) in enumerate(zip(self.updates, self.space.cores, strict=True))
         ]
-        return task_vectors_of(self.space, experts, name=self.name, base_norm=self.base_norm)
+        return task_vectors_of(self.space, experts, name=self.name, base_norm=self.base_norm, depth=self.depth)
 
 
 def matrices(name: str, place: Place, changed: Sequence[Changed]) -> Iterator[tuple[str, int | None, list[Changed]]]:

@@ -111,6 +111,7 @@ class AdapterMerge:
                 turned=turned,
                 measured=None if moments is None else [moments[each.adapter] for each in updates],
                 base_norm=norm,
+                depth=self._base_norms.depth if sized else None,
             )
 
     def base_weight(self, place: Place) -> Tensor | None:

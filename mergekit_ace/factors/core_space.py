@@ -121,7 +121,12 @@ def output_space(updates: Sequence[Factors]) -> CoreSpace:
 
 
 def task_vectors_of(
-    space: CoreSpace, experts: Sequence[Expert], *, name: str, base_norm: float | None = None
+    space: CoreSpace,
+    experts: Sequence[Expert],
+    *,
+    name: str,
+    base_norm: float | None = None,
+    depth: int | None = None,
 ) -> TaskVectors:
     """The cores as task vectors of a base of zeros, for every method to run on.
 
@@ -130,10 +135,11 @@ def task_vectors_of(
         experts: with the cores as their tensors.
         name: of the tensor, for messages.
         base_norm: `||W_0||_F` of the matrix that was updated; None where it is not known.
+        depth: as in `TaskVectors`.
     """
     coordinates = Coordinates(
         shape=(space.left.shape[0], space.inputs), ones_left=space.ones_left, ones_right=space.ones_right
     )
-    found = TaskVectors(torch.zeros_like(space.cores[0]), experts, name=name, coordinates=coordinates)
+    found = TaskVectors(torch.zeros_like(space.cores[0]), experts, name=name, coordinates=coordinates, depth=depth)
     found.base_norm = base_norm
     return found

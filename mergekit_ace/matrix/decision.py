@@ -62,8 +62,9 @@ class Decision:
     """How far the updates are large for their base, from 0 to 1; 0 where no part asks for it."""
     retained: float = 1.0
     """How far the bound of the retention holds, from 0 to 1."""
-    orthogonal: float = math.inf
-    """`||.||_F` of the sum of `T_eff` orthogonal updates, where a bound by size asks for it."""
+    held: float = math.inf
+    """The `||X||_F` that large updates are held to, where a bound by size asks for it: that of the sum of `sqrt(T_eff)`
+    orthogonal ones."""
 
     @property
     def least_shrinkage(self) -> float:
@@ -90,7 +91,7 @@ def decide(task_vectors: TaskVectors, options: CovarianceOptions) -> Decision:
     # Held nearer because few rows estimate little. A measured second moment needs that no more, but the network does
     # where the updates are large for its weights: what was added up is then noise to every expert.
     large = large_share(task_vectors) if options.needs_size or task_vectors.measured else 0.0
-    held = (low_rank or 0.0) * (large if task_vectors.measured else 1.0)
+    nearer = (low_rank or 0.0) * (large if task_vectors.measured else 1.0)
     retained_by_size = options.bounds.retention == "by_size" and not task_vectors.measured
     return Decision(
         heterogeneity=spread,
@@ -100,13 +101,13 @@ def decide(task_vectors: TaskVectors, options: CovarianceOptions) -> Decision:
         refined_residual=directions > 0 and refinement is not None and refinement.of == "residual",
         low_rank=low_rank,
         effective_experts=independent,
-        longest=longest_allowed(task_vectors, options.bounds.length, independent=independent, low_rank=held),
+        longest=longest_allowed(task_vectors, options.bounds.length, independent=independent, low_rank=nearer),
         # Published merges that are asked for a length bound know `T_eff` too, and are refined in full.
         refinement_scale=1 - 1 / independent if refinement and refinement.by_disagreement and independent else 1.0,
         large=large if options.needs_size else 0.0,
         # Few rows leave the solve free to exaggerate; measured second moments tell how far it does.
         retained=max(large, low_rank or 0.0) if retained_by_size else 1.0,
-        orthogonal=longest_allowed(task_vectors, "orthogonal", independent=independent, low_rank=held)
+        held=longest_allowed(task_vectors, "orthogonal", independent=independent, low_rank=1.0)
         if options.bounds.length == "by_size"
         else math.inf,
     )

@@ -192,7 +192,7 @@ def merge_by_covariance(task_vectors: TaskVectors, options: CovarianceOptions) -
         squared_length**0.5,
         retention=kept,
         longest=decision.longest,
-        orthogonal=decision.orthogonal,
+        held=decision.held,
         large=decision.large,
         retained=decision.retained,
     )

@@ -84,9 +84,9 @@ class Bounds:
         retention: the mean response under the experts' regularized second moments is at most the experts' own;
             `by_size`: as far as the updates are large for the base or of low rank.
         length: `orthogonal`: `||X||_F` is at most that of the sum of `T_eff` orthogonal updates; `end_to_end`: at most
-            twice the sum of all updates' norms; `by_size`: that of small updates, `orthogonal` as far as they are large
-            for the base. Either way updates of low rank, whose few rows leave the solve free to exaggerate, are held to
-            `sqrt(T_eff)` orthogonal ones.
+            twice the sum of all updates' norms; `by_size`: that of small updates, and the length of `sqrt(T_eff)`
+            orthogonal ones, half the way from one to all, as far as they are large for the base. Either way updates of
+            low rank, whose few rows leave the solve free to exaggerate, are held to `sqrt(T_eff)` orthogonal ones.
     """
 
     retention: RetentionBound = False

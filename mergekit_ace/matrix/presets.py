@@ -39,7 +39,7 @@ ACE = CovarianceOptions(
 
 Identical experts give that expert, an expert and its copy count as one of twice the weight, and the merge is no longer
 than twice the sum of all updates' norms. As far as the updates are large for the base it is no longer than the sum of
-orthogonal ones, and the mean response under the experts' second moments is at most their own.
+`sqrt(T_eff)` orthogonal ones, and the mean response under the experts' second moments is at most their own.
 """
 ACE_HEAD = replace(
     ACE,

@@ -57,6 +57,7 @@ class TaskVectors:
         name: the tensor's name, for messages.
         coordinates: of the matrices that base and experts are the cores of; None: they are these themselves. `m` and
             `n` stay those of the matrices, here and in whatever takes task vectors; tensors are `buffer_shape`.
+        depth: how many blocks of the model follow one another; None where it is not known.
 
     Raises:
         ValueError: when a tensor holds NaN or infinity, a weight is negative or not finite, or no weight is positive.
@@ -70,9 +71,11 @@ class TaskVectors:
         *,
         name: str = "the matrix",
         coordinates: Coordinates | None = None,
+        depth: int | None = None,
     ) -> None:
         require_full_float32(base.device)
         self.name = name
+        self.depth = depth
         self.base = base
         self.coordinates = coordinates
         self.unit = 1.0

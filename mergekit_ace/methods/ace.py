@@ -109,8 +109,9 @@ class Ace(LayerwiseMethod):
             bool | Literal["auto"] | Preset,
             default="preset",
             requirement="true, false or 'auto'",
-            description="norm of the merged update at most that of the sum of independent updates; 'auto': as far as "
-            "updates are large for the base, and at most twice the sum of their norms. For adapters both are smaller",
+            description="norm of the merged update at most that of the sum of independent updates; 'auto': half the "
+            "way from one to that sum, as far as updates are large for the base, and at most twice the sum of their "
+            "norms. For adapters both are smaller",
         ),
         parameter(
             "precision",

@@ -36,6 +36,7 @@ from mergekit_ace.methods.tensors.device_failures import named, on_device_or_cpu
 from mergekit_ace.methods.tensors.lost_inputs import KnownInputs
 from mergekit_ace.methods.tensors.matrices import Matrix, inputs_last, matrices, weighted_experts
 from mergekit_ace.methods.tensors.measured_moments import with_measured_moments
+from mergekit_ace.methods.tensors.model_depth import depth_of
 from mergekit_ace.methods.tensors.output_head import heads_of
 from mergekit_ace.methods.tensors.quantized_inputs import require_unquantized_models, require_unquantized_tensors
 from mergekit_ace.methods.tensors.treated_tensor import TreatedTensor
@@ -168,6 +169,7 @@ class LayerwiseMethod(GroupMergeMethod):
             experts=weighted_experts(group, parameters),
             treatment=treatment,
             parameters=self.in_force(treatment, parameters, axis),
+            depth=depth_of(models),
         )
 
     def matrices(
@@ -183,10 +185,10 @@ class LayerwiseMethod(GroupMergeMethod):
         """
         name, base, experts, parameters = tensor.name, tensor.base, tensor.experts, tensor.parameters
         if tensor.treatment.kind != "matrix":  # no moments are measured of others
-            return matrices(name, base, experts, parameters)
+            return matrices(name, base, experts, parameters, depth=tensor.depth)
         experts = with_measured_moments(name, base, experts, parameters, warn)
         factors = known(adapter_factors(tensor.group)) if self.needs_entries(parameters) is None else ()
-        return matrices(name, base, experts, parameters, factors)
+        return matrices(name, base, experts, parameters, factors, tensor.depth)
 
     def merge(self, task_vectors: TaskVectors, parameters: Mapping[str, Any]) -> MatrixMerge:
         """Merge the task vectors of one matrix, before `scale`: of at least one expert."""

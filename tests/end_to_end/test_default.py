@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from tests.checkpoints import make_suite, read_tensors
 from tests.commands import mergekit_yaml
@@ -36,15 +38,15 @@ HEADS = {
 
 
 def merged_by_default(
-    task_vectors: Sequence[Tensor], weights: Sequence[float] | None, dtype: torch.dtype, base: Tensor
+    task_vectors: Sequence[Tensor],
+    weights: Sequence[float] | None,
+    dtype: torch.dtype,
+    base: Tensor,
+    *,
+    depth: int,
+    head: bool,
 ) -> Tensor:
-    return ace_default(task_vectors, weights, dtype, base_norm=float(base.norm()))
-
-
-def merged_as_head(
-    task_vectors: Sequence[Tensor], weights: Sequence[float] | None, dtype: torch.dtype, base: Tensor
-) -> Tensor:
-    return ace_default(task_vectors, weights, dtype, base_norm=float(base.norm()), head=True)
+    return ace_default(task_vectors, weights, dtype, base_norm=float(base.norm()), depth=depth, head=head)
 
 
 @pytest.mark.parametrize("family", HEADS)
@@ -56,12 +58,15 @@ def test_default(family: str, dtype: str, tmp_path: Path) -> None:
     out = mergekit_yaml(recipe, tmp_path / "out")
     reference = reference_for(suite.family, weights=(2.0, 1.0, 0.5))
     merged = read_tensors(out)
+    config = AutoConfig.from_pretrained(suite.base.path)
+    assert config.num_hidden_layers < 32  # which it would count as, were it not read
     assert merged.keys() >= set(HEADS[family])
     for name, tensor in merged.items():
         base, *experts = (c.tensors[name].to(getattr(torch, dtype)) for c in (suite.base, *suite.experts))
         head = name in HEADS[family]
         expected = replace(reference, embeddings="ace" if head else "average")
-        exact = merge_tensor(name, base, experts, expected, merge=merged_as_head if head else merged_by_default)
+        merge = partial(merged_by_default, depth=config.num_hidden_layers, head=head)
+        exact = merge_tensor(name, base, experts, expected, merge=merge)
         if torch.equal(exact, base.double()):
             assert torch.equal(tensor, base), name
         elif dtype == "bfloat16":

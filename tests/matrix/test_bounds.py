@@ -76,13 +76,13 @@ def test_what_a_merge_is_scaled_by() -> None:
     assert scale_factor(8.0, retention=None, longest=4.0) == 0.5
     assert scale_factor(8.0, retention=2.0, longest=2.0) == 0.25
     # 8 is more than 2: as far as the updates are large, 8^(1 - w) 2^w
-    assert scale_factor(8.0, retention=None, longest=99.0, orthogonal=2.0, large=1.0) == 0.25
-    assert scale_factor(8.0, retention=None, longest=99.0, orthogonal=2.0, large=0.5) == 0.5
+    assert scale_factor(8.0, retention=None, longest=99.0, held=2.0, large=1.0) == 0.25
+    assert scale_factor(8.0, retention=None, longest=99.0, held=2.0, large=0.5) == 0.5
     # after the retention has halved it
-    assert scale_factor(8.0, retention=2.0, longest=99.0, orthogonal=1.0, large=0.5) == 0.25
-    assert scale_factor(8.0, retention=2.0, longest=99.0, orthogonal=5.0, large=1.0) == 0.5
-    assert scale_factor(8.0, retention=None, longest=99.0, orthogonal=2.0, large=0.0) == 1.0
-    assert scale_factor(0.0, retention=4.0, longest=0.0, orthogonal=0.0, large=1.0) == 0.25
+    assert scale_factor(8.0, retention=2.0, longest=99.0, held=1.0, large=0.5) == 0.25
+    assert scale_factor(8.0, retention=2.0, longest=99.0, held=5.0, large=1.0) == 0.5
+    assert scale_factor(8.0, retention=None, longest=99.0, held=2.0, large=0.0) == 1.0
+    assert scale_factor(0.0, retention=4.0, longest=0.0, held=0.0, large=1.0) == 0.25
 
 
 def test_how_large_updates_are_for_their_base() -> None:
@@ -90,7 +90,11 @@ def test_how_large_updates_are_for_their_base() -> None:
     near = vectors(entry(0, 0, 3.0), entry(1, 1, 4.0), base=10.0)
     assert averaged_share(near) == pytest.approx(12.5 / (12.5 + 0.01 * 1200))
     size = math.sqrt(12.5 / 1200)
-    assert large_share(near) == pytest.approx(size**4 / (size**4 + 0.025**4))
+    for depth in (1, 12, 80):
+        near.depth = depth
+        assert large_share(near) == pytest.approx(size**4 / (size**4 + (0.125 / math.sqrt(depth)) ** 4))
+    near.depth = None
+    assert large_share(near) == pytest.approx(size**4 / (size**4 + 0.125**4 / 32**2))
     tiny = vectors(entry(0, 0, 1e-3), entry(0, 0, 1e-3))
     tiny.base_norm = 1e300
     assert 0 < large_share(tiny) < 1e-30

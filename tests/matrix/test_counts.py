@@ -180,7 +180,7 @@ def test_what_is_zero_is_not_scaled() -> None:
     assert scale_factor(0.0, retention=2.0, longest=0.0) == 0.5
     assert scale_factor(4.0, retention=1.25, longest=1.0) == 0.25
     assert scale_factor(4.0, retention=1.44, longest=9.0, retained=0.5) == pytest.approx(1 / 1.2)
-    assert scale_factor(9.0, retention=None, longest=9.0, orthogonal=4.0, large=0.5) == pytest.approx(2 / 3)
+    assert scale_factor(9.0, retention=None, longest=9.0, held=4.0, large=0.5) == pytest.approx(2 / 3)
 
 
 def test_the_budget_is_an_eighth_of_rounding_or_of_the_update() -> None:

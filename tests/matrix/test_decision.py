@@ -62,7 +62,7 @@ def test_each_part_asks_for_what_it_needs() -> None:
     published = decide(vectors, ACE_PUBLISHED)
     assert published.effective_experts is None
     assert published.low_rank is None
-    assert (published.large, published.retained, published.orthogonal) == (0.0, 1.0, math.inf)
+    assert (published.large, published.retained, published.held) == (0.0, 1.0, math.inf)
     assert published.longest == math.inf
     assert (published.least_shrinkage, published.refinement_scale) == (0.0, 1.0)
     wudi = decide(vectors, WUDI)
@@ -72,7 +72,7 @@ def test_each_part_asks_for_what_it_needs() -> None:
     head = decide(vectors, ACE_HEAD)
     assert head.low_rank is None
     assert head.large > 0
-    assert (head.retained, head.orthogonal, head.longest) == (1.0, math.inf, math.inf)
+    assert (head.retained, head.held, head.longest) == (1.0, math.inf, math.inf)
     ace = decide(vectors, ACE)
     assert ace.effective_experts is not None
     assert ace.refinement_scale == pytest.approx(1 - 1 / ace.effective_experts)
@@ -80,17 +80,18 @@ def test_each_part_asks_for_what_it_needs() -> None:
     assert ace.low_rank == 0.0
     assert ace.retained == ace.large == head.large
     energy = sum(vectors.energies) / 3
-    assert ace.orthogonal == pytest.approx(math.sqrt(ace.effective_experts * energy))
+    assert ace.held == pytest.approx(math.sqrt(math.sqrt(ace.effective_experts) * energy))
     assert ace.longest == pytest.approx(2 * sum(math.sqrt(e) for e in vectors.energies))
     for length in ("none", "orthogonal", "end_to_end"):
         other = decide(vectors, replace(ACE, bounds=Bounds(length=length)))  # type: ignore[arg-type]
-        assert (other.orthogonal, other.retained) == (math.inf, 1.0)
+        assert (other.held, other.retained) == (math.inf, 1.0)
     orthogonal = decide(vectors, replace(ACE, bounds=Bounds(length="orthogonal")))
-    assert orthogonal.longest == pytest.approx(ace.orthogonal)
+    assert orthogonal.longest == pytest.approx(math.sqrt(ace.effective_experts * energy))
     adapters = decide(layer(adapter_updates(64, 48, 3, rank=2)), ACE)
     assert adapters.low_rank == 1.0
     assert adapters.least_shrinkage == 0.95
     assert adapters.retained == 1.0
+    assert adapters.longest == adapters.held
 
 
 NOTHING = Decision(

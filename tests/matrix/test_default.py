@@ -75,18 +75,21 @@ def of_base(scale: float, options: CovarianceOptions) -> MatrixMerge:
     return merge_by_covariance(layer(related_updates(60, 40, 4), base_scale=scale), options)
 
 
-def test_what_large_updates_have_beyond_orthogonal_ones_is_taken_off() -> None:
+def test_large_updates_are_held_half_the_way_to_the_sum_of_orthogonal_ones() -> None:
     small, middle, large = (of_base(scale, ACE) for scale in SIZES_OF_THE_BASE)
-    orthogonal = float(of_base(1.0, replace(ACE, bounds=ORTHOGONAL)).task_vector.norm())
-    longest = float(small.task_vector.norm())
-    assert longest > 1.1 * orthogonal
-    assert float(large.task_vector.norm()) == pytest.approx(orthogonal, rel=1e-6)
     updates = related_updates(60, 40, 4)
+    assert large.decision is not None
+    assert large.decision.effective_experts is not None
+    one = math.sqrt(sum(float(update.square().sum()) for update in updates) / 4)
+    held = large.decision.effective_experts**0.25 * one
+    longest = float(small.task_vector.norm())
+    assert longest > 1.1 * held
+    assert float(large.task_vector.norm()) == pytest.approx(held, rel=1e-6)
     share = share_of_large(updates, [1.0] * 4, float(layer(updates, base_scale=1.0).base.norm()))
     assert 0.05 < share < 0.95
     assert middle.decision is not None
     assert middle.decision.large == pytest.approx(share)
-    between = longest ** (1 - share) * orthogonal**share
+    between = longest ** (1 - share) * held**share
     assert float(middle.task_vector.norm()) == pytest.approx(between, rel=1e-4)
 
 
@@ -139,9 +142,10 @@ def test_the_mean_response_is_bounded_as_far_as_updates_are_large(updates: list[
         assert by_size.decision is not None
         assert by_size.retention is not None
         assert by_size.decision.retained == pytest.approx(share, abs=1e-6)
-        bounds = Bounds(retention=share == 1, length="orthogonal" if share == 1 else "end_to_end")
-        told = merge_by_covariance(layer(updates, base_scale=scale), replace(ACE, bounds=bounds))
-        assert by_size.scale_factor == pytest.approx(told.scale_factor, rel=1e-4)
+        told = replace(ACE, bounds=Bounds(retention=share == 1, length="end_to_end"))
+        merged = merge_by_covariance(layer(updates, base_scale=scale), told)
+        nearer = min(1.0, by_size.decision.held / float(merged.task_vector.norm())) if share == 1 else 1.0
+        assert by_size.scale_factor == pytest.approx(merged.scale_factor * nearer, rel=1e-4)
     adapters = merge_by_covariance(
         layer(adapter_updates(64, 48, 3, rank=2), base_scale=1e6), replace(ACE, correlation_threshold=0.0)
     )
@@ -263,13 +267,21 @@ def test_small_updates_are_added_up_and_large_ones_averaged_without_a_cliff() ->
     assert averaged_share(sized(updates, 0.1)) == pytest.approx(0.5, rel=0.05)
 
 
-def test_updates_are_large_from_a_fortieth_of_the_base() -> None:
+def test_updates_are_large_from_an_eighth_of_the_base_over_all_blocks() -> None:
     updates = related_updates(60, 80, 3)
-    shares = [large_share(sized(updates, 0.001 * 1.1**step)) for step in range(100)]
+
+    def of_depth(size: float, depth: int | None) -> float:
+        task_vectors = sized(updates, size)
+        task_vectors.depth = depth
+        return large_share(task_vectors)
+
+    shares = [of_depth(0.001 * 1.1**step, 24) for step in range(100)]
     # From the base's entries, which are drawn, so that its norm is known to some percent.
-    assert large_share(sized(updates, 0.025)) == pytest.approx(0.5, rel=0.1)
-    assert large_share(sized(updates, 0.00625)) == pytest.approx(1 / 257, rel=0.2)
-    assert large_share(sized(updates, 0.1)) == pytest.approx(256 / 257, rel=0.01)
+    assert of_depth(0.125, 1) == pytest.approx(0.5, rel=0.1)
+    assert of_depth(0.025, 25) == pytest.approx(0.5, rel=0.1)
+    assert of_depth(0.00625, 25) == pytest.approx(1 / 257, rel=0.2)
+    assert of_depth(0.1, 25) == pytest.approx(256 / 257, rel=0.01)
+    assert of_depth(0.02, None) == of_depth(0.02, 32)
     # d w / d log s is one where it is steepest.
     assert all(0 < after - before < 0.1 for before, after in pairwise(shares))
     assert 0 <= large_share(sized(updates, 1e-12)) < 1e-30

@@ -20,7 +20,8 @@ from tests.reference.weights import participants
 CORRELATION = 0.05
 NEARLY_ALL = 0.9
 LEAST_SHRINKAGE = 0.95
-TOLERATED_NOISE, TOLERATED_UPDATE = 0.1, 0.025
+TOLERATED_NOISE, TOLERATED_UPDATE = 0.1, 0.125
+TYPICAL_DEPTH = 32
 
 
 def shrinkage(second_moment: Tensor, samples: int) -> float:
@@ -78,11 +79,12 @@ def size(D: list[Tensor], a: list[float], base_norm: float) -> float:
     return math.sqrt(update) / base_norm
 
 
-def share_of_large(D: list[Tensor], a: list[float], base_norm: float | None) -> float:
-    """How far updates are large for the base, a half at a fortieth of its norm; 0 where that is not known."""
+def share_of_large(D: list[Tensor], a: list[float], base_norm: float | None, depth: int = TYPICAL_DEPTH) -> float:
+    """How far updates of every block are large for the base; 0 where its norm is not known."""
     if base_norm is None:
         return 0.0
-    return size(D, a, base_norm) ** 4 / (size(D, a, base_norm) ** 4 + TOLERATED_UPDATE**4)
+    summed = math.sqrt(depth) * size(D, a, base_norm)
+    return summed**4 / (summed**4 + TOLERATED_UPDATE**4)
 
 
 def without_moments(D: list[Tensor], a: list[float], base_norm: float | None) -> Tensor:
@@ -102,6 +104,7 @@ def ace_default(
     spectral_fraction: float = 0.3,
     relative_rank: float | None = None,
     base_norm: float | None = None,
+    depth: int = TYPICAL_DEPTH,
     head: bool = False,
 ) -> Tensor:
     """The merged task vector of one layer, `[m, n]`, computed in `dtype`; of an output head if `head`."""
@@ -143,7 +146,7 @@ def ace_default(
         isometry, values = top_isometry(W, k, relative_rank)
         W = W + (1 - 1 / independent) * values.mean() * isometry
 
-    large = share_of_large(D, a, base_norm)
+    large = share_of_large(D, a, base_norm, depth)
 
     # 5. Retention bound: the mean response under the experts' second moments is at most their own, as far as updates
     # are large for the base; of heads, and of updates of low rank, always.
@@ -151,15 +154,15 @@ def ace_default(
     retention = float((W * numerator).sum()) / own
     factor = max(1.0, retention) ** -(1.0 if head or low_rank else large)
 
-    # 6. Of heads, the average as far as updates are large for the base. Of others, what is beyond the sum of so many
-    # orthogonal updates (the root of so many, of low rank) is taken off as far, on a logarithmic scale; and no more
-    # than twice all updates laid end to end is left.
+    # 6. Of heads, the average as far as updates are large for the base. Of others, what is beyond half the way from one
+    # update to the sum of so many orthogonal ones is taken off as far, on a logarithmic scale; and no more than twice
+    # all updates laid end to end is left (of low rank, no more than that half).
     if head:
         return (1 - large) * factor * W + large * mean
-    orthogonal = math.sqrt((math.sqrt(independent) if low_rank else independent) * mean_energy)
+    held = math.sqrt(math.sqrt(independent) * mean_energy)
     length = factor * float(W.norm())
-    if length > orthogonal:
-        factor = factor * (orthogonal / length) ** large
+    if length > held:
+        factor = factor * (held / length) ** large
     end_to_end = sum(a_t * float(d.norm()) for a_t, d in zip(a, D, strict=True))
-    longest = orthogonal if low_rank else 2 * end_to_end
+    longest = held if low_rank else 2 * end_to_end
     return W * min(factor, longest / float(W.norm()))

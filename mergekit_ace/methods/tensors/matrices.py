@@ -26,6 +26,7 @@ class Matrix:
         base: `[out, in]`.
         experts: of the same shape.
         factors: of each expert's update, where all are known; empty otherwise.
+        depth: as in `TaskVectors`.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Matrix:
     base: Tensor
     experts: tuple[Expert, ...]
     factors: tuple[Factors, ...] = ()
+    depth: int | None = None
 
     def cores(self) -> CoreSpace | None:
         """The updates in core space, where their factors are known; by measured moments in that of the outputs alone.
@@ -49,9 +51,10 @@ class Matrix:
     def task_vectors(self, space: CoreSpace | None) -> TaskVectors:
         """The task vectors, or their cores where these are known."""
         if space is None:
-            return TaskVectors(self.base, self.experts, name=self.name)
+            return TaskVectors(self.base, self.experts, name=self.name, depth=self.depth)
         experts = [replace(expert, tensor=core) for expert, core in zip(self.experts, space.cores, strict=True)]
-        return task_vectors_of(space, experts, name=self.name, base_norm=squared_norm(self.base) ** 0.5)
+        base_norm = squared_norm(self.base) ** 0.5
+        return task_vectors_of(space, experts, name=self.name, base_norm=base_norm, depth=self.depth)
 
 
 def weighted_experts(group: TensorGroup, parameters: Mapping[str, Any]) -> tuple[Expert, ...]:
@@ -66,6 +69,7 @@ def matrices(
     experts: Sequence[Expert],
     parameters: Mapping[str, Any],
     factors: Sequence[Factors] = (),
+    depth: int | None = None,
 ) -> Iterator[Matrix]:
     """Every matrix of a tensor.
 
@@ -75,6 +79,7 @@ def matrices(
         experts: of its shape.
         parameters: with `input_axis`.
         factors: of each expert's update, as stored, where all are known; of two dimensions only.
+        depth: as in `TaskVectors`.
     """
     if parameters["input_axis"] == "first":
         factors = [each.transposed for each in factors]
@@ -85,6 +90,7 @@ def matrices(
             base=inputs_last(base[place], parameters),
             experts=tuple(replace(expert, tensor=inputs_last(expert.tensor[place], parameters)) for expert in experts),
             factors=tuple(factors),
+            depth=depth,
         )
 
 

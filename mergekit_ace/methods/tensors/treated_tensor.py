@@ -24,6 +24,7 @@ class TreatedTensor:
         experts: of its shape, with their weights in the recipe.
         treatment: what the method does to it.
         parameters: those in force under that treatment.
+        depth: how many blocks of the model follow one another; None where its configuration does not tell.
     """
 
     name: str
@@ -32,3 +33,4 @@ class TreatedTensor:
     experts: tuple[Expert, ...]
     treatment: Treatment
     parameters: Mapping[str, Any]
+    depth: int | None = None

@@ -51,7 +51,9 @@ def of_mergekit(
     )
 
 
-def with_prompts(label: str, count: int, *, of: PromptSource = "own task", answers: bool = True) -> Setting:
+def with_prompts(
+    label: str, count: int, *, of: PromptSource = "own task", answers: bool = True, by_expert: bool = False
+) -> Setting:
     return Setting(
         label=f"ace, {label} (not data-free)",
         group="with prompts",
@@ -59,6 +61,7 @@ def with_prompts(label: str, count: int, *, of: PromptSource = "own task", answe
         prompts=count,
         prompts_of=of,
         answers=answers,
+        by_expert=by_expert,
     )
 
 
@@ -116,6 +119,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(label="ace, 32 self-prompts", group="ace", method="ace", self_prompts=32),
     with_prompts("8 prompts", 8),
     with_prompts("8 prompts without answers", 8, answers=False),
+    with_prompts("8 prompts by each expert", 8, by_expert=True),
     with_prompts("32 prompts", 32),
     with_prompts("8 prompts of another task", 8, of="another task"),
     with_prompts("8 general texts", 8, of="general text"),

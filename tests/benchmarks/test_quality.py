@@ -60,7 +60,11 @@ def test_the_table_has_a_row_for_every_setting(builds: Path, tmp_path: Path) -> 
 
 
 def test_settings_with_prompts_measure_moments(builds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the expert's own task, with and without answers; of the other's; general text. None is called data-free."""
+    """Of the expert's own task, with and without answers, by the expert; of the other's; general text.
+
+    None is called data-free.
+    """
+    by_expert = []
     files = []
     keys = []
     real = merging.measure_moments
@@ -71,6 +75,7 @@ def test_settings_with_prompts_measure_moments(builds: Path, tmp_path: Path, mon
             list(zip([expert.name for expert in experts], [file.name for file in prompts], lines, strict=True))
         )
         keys.append({key for file in prompts for line in file.read_text().splitlines() for key in json.loads(line)})
+        by_expert.append(setting.by_expert)
         real(setting, base, experts, prompts, out)
 
     monkeypatch.setattr(merging, "measure_moments", noting)
@@ -78,19 +83,23 @@ def test_settings_with_prompts_measure_moments(builds: Path, tmp_path: Path, mon
     assert files == [
         [("left", "left.jsonl", 8), ("right", "right.jsonl", 8)],
         [("left", "left.jsonl", 8), ("right", "right.jsonl", 8)],
+        [("left", "left.jsonl", 8), ("right", "right.jsonl", 8)],
         [("left", "right.jsonl", 8), ("right", "left.jsonl", 8)],
         [("left", "left.jsonl", 8), ("right", "right.jsonl", 8)],
     ]
-    assert keys == [{"prompt", "completion"}, {"prompt"}, {"prompt", "completion"}, {"text"}]
+    own = {"prompt", "completion"}
+    assert keys == [own, {"prompt"}, own, own, {"text"}]
+    assert by_expert == [False, False, True, False, False]
     rows = json.loads((tmp_path / "quality-tiny.json").read_text())["rows"]
     assert [row["label"] for row in rows] == [
         "ace",
         "ace, 8 prompts (not data-free)",
         "ace, 8 prompts without answers (not data-free)",
+        "ace, 8 prompts by each expert (not data-free)",
         "ace, 8 prompts of another task (not data-free)",
         "ace, 8 general texts (not data-free)",
     ]
-    assert len({tuple(row["accuracies"].values()) for row in rows[:4]}) == 4
+    assert len({tuple(row["accuracies"].values()) for row in (*rows[:3], rows[4])}) == 4
 
 
 def test_general_texts_are_different_paragraphs() -> None:

@@ -44,8 +44,16 @@ def test_where_the_depth_is_not_known(tmp_path: Path) -> None:
     assert BaseNorms(str(base)).depth is None
 
 
-def test_a_depth_that_is_no_count(tmp_path: Path) -> None:
-    assert depth_of([ModelReference.model_validate(str(deepened(tmp_path, "llama", 0)))]) is None
+def test_a_base_without_a_depth_has_the_blocks_of_its_tensors(tmp_path: Path) -> None:
+    base = deepened(tmp_path, "llama", 0)
+    blocks = blocks_of(make_suite("llama", tmp_path / "same", experts=1).base.tensors)
+    assert blocks is not None
+    file = base / "model.safetensors"  # as mergekit-pytorch names it
+    for path in (base, file):
+        assert depth_of([ModelReference.model_validate(str(path))]) == blocks
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(file.read_bytes()[:20])
+    assert depth_of([ModelReference.model_validate(str(damaged))]) is None
 
 
 @pytest.mark.parametrize(

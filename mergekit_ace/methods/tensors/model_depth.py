@@ -11,15 +11,19 @@ from functools import lru_cache
 
 from mergekit.common import ModelReference
 
+from mergekit_ace.checkpoints.sources import is_local, model_headers
+from mergekit_ace.damaged_files import READING
+
 _NUMBER = re.compile(r"\.(\d+)\.")
 _IN_MEMORY: ContextVar[int | None] = ContextVar("depth of a model in memory", default=None)
 
 
 def depth_of(models: Sequence[Hashable]) -> int | None:
-    """How many blocks of the base follow one another, by its configuration; in memory, as `model_in_memory` was told.
+    """How many blocks of the base follow one another: by its configuration, or else by the names of its tensors.
 
     Args:
-        models: the base first; mergekit's references where they come from a recipe.
+        models: the base first; mergekit's references where they come from a recipe. Of models in memory,
+            `model_in_memory` tells the names.
 
     Returns:
         None where neither tells.
@@ -61,8 +65,12 @@ def blocks_of(names: Iterable[str]) -> int | None:
 @lru_cache(maxsize=64)
 def _depth(base: ModelReference) -> int | None:
     try:
-        config = base.config()
-    except Exception:  # no configuration, or one that transformers does not know: mergekit's planning reports it
+        depth = getattr(base.config().get_text_config(), "num_hidden_layers", None)
+    except Exception:  # no configuration, as of a single file, or one that transformers does not know
+        depth = None
+    if isinstance(depth, int) and depth > 0:
+        return depth
+    try:
+        return blocks_of(model_headers(base.model)) if is_local(base.model) else None
+    except READING:  # what cannot be read ends the merge where it is read
         return None
-    depth = getattr(config.get_text_config(), "num_hidden_layers", None)
-    return depth if isinstance(depth, int) and depth > 0 else None

@@ -277,13 +277,13 @@ def _inspect_tensors(
 ) -> Report:
     called = _method(method)
     reports: list[TensorReport] = []
-    for name in named[base]:
-        group = TensorGroup.from_tensors(
-            [state[name] for state in named.values()], ids=list(named), base_index=0, name=name
-        )
-        inputs = Inputs(group=group, parameters=bound_parameters(called, group, given))
-        aligned = inputs if inputs.is_buffer else Inputs(group=align_dtype(group), parameters=inputs.parameters)
-        with model_in_memory(named[base]):
+    with model_in_memory(named[base]):
+        for name in named[base]:
+            group = TensorGroup.from_tensors(
+                [state[name] for state in named.values()], ids=list(named), base_index=0, name=name
+            )
+            inputs = Inputs(group=group, parameters=bound_parameters(called, group, given))
+            aligned = inputs if inputs.is_buffer else Inputs(group=align_dtype(group), parameters=inputs.parameters)
             reports.extend(inspect_inputs(called, name, aligned, mode))
     experts = tuple(name for name in named if name != base)
     ours = isinstance(called, LayerwiseMethod)

@@ -75,7 +75,7 @@ class BaseNorms:
 
     @cached_property
     def depth(self) -> int | None:
-        """How many blocks the base has, one after another; None where its configuration is not at hand."""
+        """How many blocks the base has, one after another; None where its weights are not at hand, or do not tell."""
         return None if self._at is None else depth_of([ModelReference.model_validate(str(self._at))])
 
     @cached_property

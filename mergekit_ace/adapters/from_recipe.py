@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from mergekit_ace.factors.opening import open_adapter
 from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.methods import METHODS
 from mergekit_ace.methods.layerwise import LayerwiseMethod
+from mergekit_ace.methods.tensors.model_depth import depth_of
 
 LOG = logging.getLogger("mergekit_ace")
 
@@ -54,7 +54,7 @@ def request_of(config: MergeConfiguration, options: MergeOptions, *, rank: Rank 
         base=base.model.path,
         rank=rank,
         dtype=_dtype(config),
-        layers=_layers(folder),
+        layers=depth_of([base]) if folder.is_dir() else None,
     )
 
 
@@ -148,12 +148,3 @@ def _compare_bases(adapter: Adapter, base: ModelReference) -> None:
 
 def _dtype(config: MergeConfiguration) -> torch.dtype:
     return dtype_from_name(config.out_dtype or config.dtype) or torch.float32
-
-
-def _layers(base: Path) -> int | None:
-    try:
-        document = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    layers = document.get("num_hidden_layers", document.get("n_layer")) if isinstance(document, dict) else None
-    return layers if isinstance(layers, int) else None

@@ -9,10 +9,10 @@ from mergekit_ace.matrix.task_vectors import TaskVectors
 
 _TOLERATED_UPDATE = 0.125
 _STEEPNESS = 4
-"""What is noise to an expert adds up over the blocks that its inputs pass. Of a 135M language model with 30 blocks,
-updates of 6 percent in 8 blocks bear as much adding up as updates of 3 percent in all: the root of the number of blocks
-counts. In 6 blocks those of 3 percent bear nearly all of it; and with noise of twice the norm on every matrix the loss
-was 16 times as large."""
+"""What is noise to an expert adds up over the blocks that its inputs pass. Of a 135M language model with 30 blocks, a
+merge of updates of 6 percent in 8 blocks loses as much by its length as one of updates of 3 percent in all: the root of
+the number of blocks counts. One of 3 percent in 6 blocks loses little. With random noise of twice the norm on every
+matrix the loss was 16 times as large, hence the fourth power."""
 _TYPICAL_DEPTH = 32
 # Its share is far below rounding, and the power of more could overflow.
 _CLEARLY_SMALL = 1e9

@@ -9,8 +9,16 @@ from mergekit.common import ModelReference
 
 from mergekit_ace import merge
 from mergekit_ace.adapters.base_norms import BaseNorms
+from mergekit_ace.adapters.merge import AdapterMerge
+from mergekit_ace.adapters.request import Request
+from mergekit_ace.factors.model import Factors
+from mergekit_ace.factors.opening import open_adapter
+from mergekit_ace.matrix.expert import Expert
+from mergekit_ace.methods.ace import Ace
+from mergekit_ace.methods.tensors.matrices import matrices
 from mergekit_ace.methods.tensors.model_depth import blocks_of, depth_of, model_in_memory
-from tests.checkpoints import make_suite
+from tests.checkpoints import add_adapter, make_suite
+from tests.reference.ace_default import share_of_large
 
 # What the families' configurations call it.
 NAMES = {"llama": "num_hidden_layers", "gpt2": "n_layer", "roberta": "num_hidden_layers"}
@@ -80,6 +88,39 @@ def test_a_merge_in_memory_is_that_of_the_folders(tmp_path: Path) -> None:
     in_memory = merge([expert.tensors for expert in suite.experts], base=suite.base.tensors)
     sizes = [t.merge.decision.large for t in in_memory.report.tensors if t.merge and t.merge.decision]
     assert 0.01 < min(sizes) < 0.9
+    name = "model.layers.0.self_attn.q_proj.weight"
+    (report,) = (tensor for tensor in in_memory.report.tensors if tensor.name == name)
+    assert report.merge is not None
+    assert report.merge.decision is not None
+    base, *experts = (model.tensors[name].double() for model in (suite.base, *suite.experts))
+    depth = blocks_of(suite.base.tensors)
+    assert depth is not None
+    expected = share_of_large([expert - base for expert in experts], [1.0] * 3, float(base.norm()), depth)
+    assert report.merge.decision.large == pytest.approx(expected, rel=1e-4)
     for name, weight in in_memory.weights.items():
         assert torch.equal(of_folders.weights[name], weight), name
     assert sizes == [t.merge.decision.large for t in of_folders.report.tensors if t.merge and t.merge.decision]
+
+
+def test_adapters_are_merged_at_the_depth_of_their_base(tmp_path: Path) -> None:
+    base = deepened(tmp_path, "llama", 7)
+    adapters = tuple(
+        open_adapter(add_adapter(base, tmp_path / f"a{t}", rank=2, targets=["q_proj"], seed=t)) for t in range(2)
+    )
+    request = Request(adapters=adapters, method=Ace(), own=[{"weight": 1.0}] * 2, base=str(base))
+    (place, *_) = request.places.values()
+    (cores,) = AdapterMerge(request).cores(place, request.parameters(place.weight), solved=True)
+    assert cores.task_vectors.depth == 7
+
+
+def test_a_matrix_and_its_cores_have_one_depth() -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = [
+        Factors(left=torch.randn(6, 2, generator=generator), right=torch.randn(2, 5, generator=generator))
+        for _ in range(2)
+    ]
+    base = torch.randn(6, 5, generator=generator)
+    experts = [Expert(name=str(t), tensor=base + each.left @ each.right) for t, each in enumerate(factors)]
+    (matrix,) = matrices("q_proj.weight", base, experts, {"input_axis": "last"}, factors, 7)
+    assert matrix.task_vectors(None).depth == 7
+    assert matrix.task_vectors(matrix.cores()).depth == 7

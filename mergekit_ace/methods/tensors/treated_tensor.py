@@ -24,7 +24,7 @@ class TreatedTensor:
         experts: of its shape, with their weights in the recipe.
         treatment: what the method does to it.
         parameters: those in force under that treatment.
-        depth: how many blocks of the model follow one another; None where its configuration does not tell.
+        depth: how many blocks of the model follow one another; None where it is not known.
     """
 
     name: str

@@ -18,6 +18,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 SUITES = {
     "four": "suite",
     "four fine-tunes of a chat model": "llm-four",
+    "twelve fine-tunes of it": "llm-twelve",
     "six LoRA adapters of it": "llm-lora",
     "four fine-tunes of a sentence encoder": "encoder",
 }

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.presets import ACE
-from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 
 SHAPES = {
     "llama-3-8b": (
@@ -100,7 +100,9 @@ def by_full_matrices(m: int, n: int, count: int, rank: int) -> None:
     for t in range(count):
         down, up = _factors(m, n, rank, generator)
         experts.append(Expert(name=str(t), tensor=base + up @ down))
-    merged = base + merge_by_covariance(TaskVectors(base, experts), replace(ACE, correlation_threshold=0)).task_vector
+    merged = (
+        base + merge_by_covariance(StoredTaskVectors(base, experts), replace(ACE, correlation_threshold=0)).task_vector
+    )
     del experts
     # As mergekit.scripts.extract_lora does it.
     left, singular_values, right = torch.linalg.svd(merged - base, full_matrices=False)

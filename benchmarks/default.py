@@ -28,7 +28,7 @@ from benchmarks.speed.timing import race
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.merge import MatrixMerge, merge_by_covariance
 from mergekit_ace.matrix.presets import ACE
-from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.tensor_treatment import treatment
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,7 +55,9 @@ class OutputError:
 def merge(layer: Layer, *, dtype: torch.dtype | None = None) -> MatrixMerge:
     """By default, of what the layer holds, or of the same numbers in another dtype."""
     base, *tensors = (tensor if dtype is None else tensor.to(dtype) for tensor in (layer.base, *layer.experts))
-    return merge_by_covariance(TaskVectors(base, [Expert(name=str(t), tensor=x) for t, x in enumerate(tensors)]), ACE)
+    return merge_by_covariance(
+        StoredTaskVectors(base, [Expert(name=str(t), tensor=x) for t, x in enumerate(tensors)]), ACE
+    )
 
 
 def output_error(name: str, layer: Layer) -> OutputError:

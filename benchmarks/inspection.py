@@ -10,6 +10,7 @@ import click
 import torch
 
 from mergekit_ace.matrix.expert import Expert
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods import METHODS
 from mergekit_ace.report.measure import merge_fields
@@ -24,7 +25,7 @@ def experts_of(m: int, n: int, count: int) -> TaskVectors:
     base = 0.02 * torch.randn(m, n, generator=generator)
     root = torch.randn(n, n, generator=generator) / n**0.5
     updates = [5e-4 * torch.randn(m, n, generator=generator) @ root for _ in range(count)]
-    return TaskVectors(base, [Expert(name=str(t), tensor=base + update) for t, update in enumerate(updates)])
+    return StoredTaskVectors(base, [Expert(name=str(t), tensor=base + update) for t, update in enumerate(updates)])
 
 
 def seconds(act: Callable[[], object]) -> float:

@@ -19,7 +19,7 @@ from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.options import Gate
 from mergekit_ace.matrix.peers.wudi_flow import flow_interference
 from mergekit_ace.matrix.presets import ACE, ACE_PUBLISHED, with_epsilon
-from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from tests.reference import AceOptions, ace, iso_c, iso_cts, tsv_m, wudi_adam
 
 Merge = Callable[[], Tensor]
@@ -46,7 +46,7 @@ def ours(layer: Layer, branch: str) -> Merge:
 
     def merge() -> Tensor:
         experts = [Expert(name=str(t), tensor=tensor) for t, tensor in enumerate(layer.experts)]
-        return merge_by_covariance(TaskVectors(layer.base, experts), OPTIONS[branch]).task_vector
+        return merge_by_covariance(StoredTaskVectors(layer.base, experts), OPTIONS[branch]).task_vector
 
     return merge
 
@@ -84,7 +84,7 @@ def swudi(layer: Layer) -> Merge:
 
     def merge() -> Tensor:
         experts = [Expert(name=str(t), tensor=tensor) for t, tensor in enumerate(layer.experts)]
-        return flow_interference(TaskVectors(layer.base, experts), time=_FLOW_TIME, start="sum")
+        return flow_interference(StoredTaskVectors(layer.base, experts), time=_FLOW_TIME, start="sum")
 
     return merge
 

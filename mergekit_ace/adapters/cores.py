@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mergekit_ace.factors.core_space import CoreSpace, task_vectors_of
-from mergekit_ace.factors.model import Factors, Place
-from mergekit_ace.matrix.expert import Expert, MeasuredMoment
-from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.factors.model import Place
+from mergekit_ace.linalg.factors import Factors
+from mergekit_ace.matrix.core_task_vectors import CoreTaskVectors
+from mergekit_ace.matrix.expert import MeasuredMoment, Participant
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +45,11 @@ class Cores:
     depth: int | None = None
 
     @cached_property
-    def task_vectors(self) -> TaskVectors:
+    def task_vectors(self) -> CoreTaskVectors:
         """The cores, for every method to run on."""
         experts = [
-            Expert(
-                name=each.adapter,
-                tensor=core,
-                weight=each.weight,
-                measured=self.measured[t] if self.measured else None,
-            )
-            for t, (each, core) in enumerate(zip(self.updates, self.space.cores, strict=True))
+            Participant(name=each.adapter, weight=each.weight, measured=self.measured[t] if self.measured else None)
+            for t, each in enumerate(self.updates)
         ]
         return task_vectors_of(self.space, experts, name=self.name, base_norm=self.base_norm, depth=self.depth)
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mergekit_ace.adapters.truncation import Rank
-from mergekit_ace.factors.model import Factors, Place
+from mergekit_ace.factors.model import Place
+from mergekit_ace.linalg.factors import Factors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,9 @@ from mergekit_ace.factors.formats.kohya import write_kohya
 from mergekit_ace.factors.formats.peft_keys import with_wrapper
 from mergekit_ace.factors.formats.peft_output import Configuration, bias_key, biased, tokens_key, write_peft
 from mergekit_ace.factors.formats.peft_settings import unknown_settings
-from mergekit_ace.factors.model import Factors, Layout, Place, no_update, padded
+from mergekit_ace.factors.model import Layout, Place, no_update, padded
 from mergekit_ace.factors.tensors import AdapterError
+from mergekit_ace.linalg.factors import Factors
 
 # Modules of single experts, which transformers 5 stacks when it loads them: with one rank, and none left out.
 _OF_EXPERT = re.compile(r"\.experts\.\d+\.")

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mergekit_ace.linalg.precision import inner_product, squared_norm
+from mergekit_ace.linalg.factors import Factors
+from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.linalg.symmetric import add_to_diagonal_
 
 Rank = int | Literal["auto"] | None
@@ -19,7 +20,7 @@ KEPT = 0.99
 _RIDGE = 0.1
 
 
-def input_weight(updates: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+def input_weight(updates: Sequence[Factors], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
     """`S` and `S^-1` with `S^2 = sum_t w_t D_t^T D_t / ||D_t||^2`, plus a ridge: how much the experts read of an input.
 
     Args:
@@ -29,11 +30,13 @@ def input_weight(updates: Sequence[Tensor], weights: Sequence[float]) -> tuple[T
     Returns:
         `[q, q]` each, float64; the identity where all updates are zero.
     """
-    moment = updates[0].new_zeros((updates[0].shape[1],) * 2, dtype=torch.float64)
+    moment = updates[0].right.new_zeros((updates[0].right.shape[1],) * 2, dtype=torch.float64)
     for update, weight in zip(updates, weights, strict=True):
-        energy = squared_norm(update)
+        of_left, of_right = update.small_grams()
+        energy = float((of_left * of_right).sum())
         if energy > 0:
-            moment.addmm_(update.mT.double(), update.double(), alpha=weight / energy)
+            rows = update.right.double()
+            moment.addmm_(rows.mT @ of_left, rows, alpha=weight / energy)
     level = float(moment.trace()) / len(moment)
     if level == 0:
         identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
@@ -87,7 +90,7 @@ class Truncation:
         return cut if self._back is None else cut @ self._back
 
 
-def outputs_kept(merged: Tensor, updates: Sequence[Tensor]) -> list[float]:
+def outputs_kept(merged: Tensor, updates: Sequence[Factors]) -> list[float]:
     """How much of each expert's own output on its own inputs a merged update keeps.
 
         <X, D_t>_t / <D_t, D_t>_t,    <X, Y>_t = tr(X D_t^T D_t Y^T)
@@ -96,11 +99,14 @@ def outputs_kept(merged: Tensor, updates: Sequence[Tensor]) -> list[float]:
 
     Args:
         merged: `X`.
-        updates: `D_t`, same shape; 1 for one that is zero.
+        updates: `D_t = L R`, same shape; 1 for one that is zero. With `K = R R^T` the numerator is the trace of
+            `(L^T X R^T) (L^T L) K`, of matrices `[r, r]`.
     """
     kept = []
     for update in updates:
-        moment = update @ update.mT
-        own = squared_norm(moment)
-        kept.append(inner_product(merged @ update.mT, moment) / own if own > 0 else 1.0)
+        of_left, of_right = update.small_grams()
+        own = of_left @ of_right
+        seen = (update.left.mT @ merged @ update.right.mT).double()
+        energy = float((own * own.mT).sum())
+        kept.append(float((seen.mT * own).sum()) / energy if energy > 0 else 1.0)
     return kept

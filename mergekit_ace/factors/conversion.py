@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mergekit_ace.factors.model import Factors
+from mergekit_ace.linalg.factors import Factors
 from mergekit_ace.linalg.precision import working_dtype
 
 Parts = Mapping[str, Tensor]

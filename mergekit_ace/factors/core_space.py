@@ -12,16 +12,16 @@ Source: "Accurate and Efficient Low-Rank Model Merging in Core Space", arXiv:250
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mergekit_ace.factors.model import Factors
+from mergekit_ace.linalg.factors import Factors
 from mergekit_ace.matrix.coordinates import Coordinates
-from mergekit_ace.matrix.expert import Expert
-from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.matrix.core_task_vectors import CoreExpert, CoreTaskVectors
+from mergekit_ace.matrix.expert import Participant
 
 # A core is a product of three rounded matrices: singular values of a few units of rounding are none.
 _ROUNDING_UNITS = 4.0
@@ -35,8 +35,8 @@ class CoreSpace:
     """`U`, `[m, p]`, orthonormal columns; `p` is at most `m`, and at most the ranks' sum plus one."""
     right: Tensor | None
     """`V`, `[q, n]`, orthonormal rows; None: the identity, which is not formed."""
-    cores: tuple[Tensor, ...]
-    """`M_t`, `[p, q]`."""
+    cores: tuple[Factors, ...]
+    """`M_t`, `[p, q]`, of factors; equal updates have equal ones."""
 
     @property
     def ones_left(self) -> Tensor:
@@ -46,12 +46,12 @@ class CoreSpace:
     @property
     def ones_right(self) -> Tensor:
         """`V 1_n`, `[q]`: of the column of ones, what lies in the row space."""
-        return self.cores[0].new_ones(self.inputs) if self.right is None else self.right.sum(dim=1)
+        return self.left.new_ones(self.inputs) if self.right is None else self.right.sum(dim=1)
 
     @property
     def inputs(self) -> int:
         """`n`."""
-        return (self.cores[0] if self.right is None else self.right).shape[1]
+        return (self.cores[0].right if self.right is None else self.right).shape[1]
 
     def matrix(self, core: Tensor) -> Tensor:
         """`U core V`, `[m, n]`."""
@@ -88,17 +88,13 @@ def core_space(updates: Sequence[Factors]) -> CoreSpace:
         updates: `[m, r_t]` and `[r_t, n]`.
 
     Returns:
-        Bases by a QR factorization of all factors side by side, cores by its triangles.
+        Bases by a QR factorization of all factors side by side; the factors of the cores are blocks of its triangles.
     """
-    ones = updates[0].left.new_ones((updates[0].left.shape[0], 1))
-    left, columns = torch.linalg.qr(torch.cat([*(update.left for update in updates), ones], dim=1))
-    right, rows = torch.linalg.qr(torch.cat([update.right.mT for update in updates], dim=1))
-    cores, start = [], 0
-    for update in updates:
-        block = slice(start, start + update.rank)
-        cores.append(columns[:, block] @ rows[:, block].mT)
-        start += update.rank
-    return CoreSpace(left=left, right=right.mT, cores=tuple(cores))
+    distinct, became = _without_copies(updates)
+    left, columns = _left_basis(distinct)
+    right, rows = torch.linalg.qr(torch.cat([update.right.mT for update in distinct], dim=1))
+    cores = [Factors(left=columns[:, block], right=rows[:, block].mT) for block in _blocks(distinct)]
+    return CoreSpace(left=left, right=right.mT, cores=tuple(cores[place] for place in became))
 
 
 def output_space(updates: Sequence[Factors]) -> CoreSpace:
@@ -110,36 +106,68 @@ def output_space(updates: Sequence[Factors]) -> CoreSpace:
     Args:
         updates: `[m, r_t]` and `[r_t, n]`.
     """
-    first = updates[0]
-    ones = first.left.new_ones((first.left.shape[0], 1))
-    left, columns = torch.linalg.qr(torch.cat([*(update.left for update in updates), ones], dim=1))
-    cores, start = [], 0
-    for update in updates:
-        cores.append(columns[:, start : start + update.rank] @ update.right)
-        start += update.rank
-    return CoreSpace(left=left, right=None, cores=tuple(cores))
+    distinct, became = _without_copies(updates)
+    left, columns = _left_basis(distinct)
+    cores = [
+        Factors(left=columns[:, block], right=update.right)
+        for block, update in zip(_blocks(distinct), distinct, strict=True)
+    ]
+    return CoreSpace(left=left, right=None, cores=tuple(cores[place] for place in became))
 
 
 def task_vectors_of(
     space: CoreSpace,
-    experts: Sequence[Expert],
+    experts: Sequence[Participant],
     *,
     name: str,
     base_norm: float | None = None,
     depth: int | None = None,
-) -> TaskVectors:
-    """The cores as task vectors of a base of zeros, for every method to run on.
+) -> CoreTaskVectors:
+    """The cores as task vectors, for every method to run on.
 
     Args:
         space: that the cores are of.
-        experts: with the cores as their tensors.
+        experts: one for each core.
         name: of the tensor, for messages.
         base_norm: `||W_0||_F` of the matrix that was updated; None where it is not known.
         depth: as in `TaskVectors`.
     """
-    coordinates = Coordinates(
-        shape=(space.left.shape[0], space.inputs), ones_left=space.ones_left, ones_right=space.ones_right
+    return CoreTaskVectors(
+        [
+            CoreExpert(name=expert.name, weight=expert.weight, measured=expert.measured, core=core)
+            for expert, core in zip(experts, space.cores, strict=True)
+        ],
+        coordinates=Coordinates(
+            shape=(space.left.shape[0], space.inputs), ones_left=space.ones_left, ones_right=space.ones_right
+        ),
+        name=name,
+        base_norm=base_norm,
+        depth=depth,
     )
-    found = TaskVectors(torch.zeros_like(space.cores[0]), experts, name=name, coordinates=coordinates, depth=depth)
-    found.base_norm = base_norm
-    return found
+
+
+def _without_copies(updates: Sequence[Factors]) -> tuple[list[Factors], list[int]]:
+    """Every update once, and which of them each became. A factorization gives equal columns unequal rounding."""
+    distinct: list[Factors] = []
+    became: list[int] = []
+    for update in updates:
+        place = next((p for p, other in enumerate(distinct) if update.is_copy_of(other)), len(distinct))
+        if place == len(distinct):
+            distinct.append(update)
+        became.append(place)
+    return distinct, became
+
+
+def _left_basis(updates: Sequence[Factors]) -> tuple[Tensor, Tensor]:
+    """`U`, and all left factors and the column of ones in its coordinates."""
+    ones = updates[0].left.new_ones((updates[0].left.shape[0], 1))
+    left, columns = torch.linalg.qr(torch.cat([*(update.left for update in updates), ones], dim=1))
+    return left, columns
+
+
+def _blocks(updates: Sequence[Factors]) -> Iterator[slice]:
+    """The columns of each, side by side."""
+    start = 0
+    for update in updates:
+        yield slice(start, start + update.rank)
+        start += update.rank

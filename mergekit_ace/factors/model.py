@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mergekit_ace.linalg.factors import Factors
+
 Kind = Literal["linear", "embedding", "convolution", "stack"]
 Layout = Literal["peft", "kohya", "diffusers"]
 
@@ -54,29 +56,6 @@ class Place:
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of the base's weight."""
         return (*self.shape[:-2], self.shape[-1], self.shape[-2]) if self.transposed else self.shape
-
-
-@dataclass(frozen=True, kw_only=True)
-class Factors:
-    """`D = left @ right`, everything that scales it included.
-
-    Attributes:
-        left: `[m, r]`, or `[E, m, r]`; float32 or float64.
-        right: `[r, n]`, or `[E, r, n]`, same dtype.
-    """
-
-    left: Tensor
-    right: Tensor
-
-    @property
-    def rank(self) -> int:
-        """`r`: columns of `left`."""
-        return int(self.left.shape[-1])
-
-    @property
-    def transposed(self) -> Factors:
-        """`D^T`, of the same storage."""
-        return Factors(left=self.right.mT, right=self.left.mT)
 
 
 def no_update(place: Place) -> Factors:

@@ -85,9 +85,9 @@ def _sizes(matrix: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
     return matrix.square().sum(dim=dim).double(), (matrix - matrix.bfloat16()).square_().sum(dim=dim).double()
 
 
-def row_step(matrix: Tensor) -> int:
-    """One row of so many is enough for the sizes of a factor on the left."""
-    return max(1, len(matrix) // _ENOUGH)
+def row_step(height: int) -> int:
+    """One row of so many is enough for the sizes of a factor on the left that has `height` of them."""
+    return max(1, height // _ENOUGH)
 
 
 def product_within(left: Tensor, right: Tensor, error: float) -> tuple[Tensor | None, float]:
@@ -95,7 +95,7 @@ def product_within(left: Tensor, right: Tensor, error: float) -> tuple[Tensor | 
 
     The estimate looks at some of the rows of `left` and of the product.
     """
-    every = row_step(left)
+    every = row_step(len(left))
     sample = left[::every]
     columns = FactorSizes.of_columns(sample[rows] for rows in panels(sample))
     of_factors = columns.times(len(left) / len(sample)).error_with(FactorSizes.of_rows(right))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ace.linalg import bfloat16
+from mergekit_ace.linalg.factors import Factors
 from mergekit_ace.linalg.single_precision import estimated_vectors
 from mergekit_ace.linalg.symmetric import gram
 
@@ -69,6 +70,30 @@ def singular_triples(matrix: Tensor, k: int, *, floor: float = 0.0) -> SingularT
     """
     triples = _precise_triples(matrix, k, floor)
     return replace(triples, left=triples.left.to(matrix.dtype), right=triples.right.to(matrix.dtype), gram=None)
+
+
+def singular_triples_of_product(factors: Factors, k: int) -> SingularTriples:
+    """Top `k` singular triples of a product of thin factors, or fewer, the vectors in their dtype.
+
+    Of `left = Q_l R_l` and `right^T = Q_r R_r`, the singular values of `R_l R_r^T` and its vectors times `Q_l`, `Q_r`;
+    in float64. `spectrum` is of as many as the smallest side of all three.
+
+    Args:
+        factors: `[m, r]` and `[r, n]`; unchanged.
+        k: how many triples.
+    """
+    of_left, of_right = torch.linalg.qr(factors.left.double()), torch.linalg.qr(factors.right.mT.double())
+    left, singular_values, right = torch.linalg.svd(of_left.R @ of_right.R.mT, full_matrices=False)
+    numbers = singular_values[: max(1, k)].tolist()
+    on_host = tuple(number for number in numbers[:k] if number > _RANK_TOLERANCE[factors.left.dtype] * numbers[0])
+    kept = len(on_host)
+    return SingularTriples(
+        left=(of_left.Q @ left[:, :kept]).to(factors.left.dtype),
+        singular_values=singular_values[:kept],
+        on_host=on_host,
+        right=(of_right.Q @ right[:kept].mT).to(factors.left.dtype),
+        spectrum=singular_values,
+    )
 
 
 def dominant_subspace(matrix: Tensor, k: int, *, floor: float = 0.0, error: float = 0.0) -> DominantSubspace:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from mergekit_ace.linalg.low_rank import top_energies
 from mergekit_ace.linalg.precision import squared_norms
 from mergekit_ace.matrix.bounds import effective_experts, large_share, longest_allowed
 from mergekit_ace.matrix.options import CovarianceOptions, HeterogeneityStatistic
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.matrix.task_vectors import TaskVectors
 
 # Adapters of rank 4 to 64 hold all of an update's energy in fewer directions than this; full fine-tunes of real models
@@ -154,16 +153,19 @@ def low_rank_share(task_vectors: TaskVectors) -> float:
     """
     m, n = task_vectors.shape
     rounding = task_vectors.rounding_energies()
+    directions = min(_MOST_DIRECTIONS, max(1, int(_FEW_DIRECTIONS * min(m, n))))
+    within = noise_share(m, n, directions)
     small, large = _SAMPLED
-    if min(m, n) > small and task_vectors.coordinates is None:
+    if min(m, n) > small and isinstance(task_vectors, StoredTaskVectors):
+        stored = task_vectors
         row_step, column_step = (-(-side // (small if side == min(m, n) else large)) for side in (m, n))
 
         def of_samples(experts: Sequence[int]) -> list[float]:
-            samples = [task_vectors.sample(t, row_step=row_step, column_step=column_step) for t in experts]
+            samples = [stored.sample(t, row_step=row_step, column_step=column_step) for t in experts]
             part = samples[0].numel() / (m * n)
             energies = squared_norms(samples).tolist()
-            shares = _held(samples, energies, [part * rounding[t] for t in experts], (m, n))
-            whole = [part * task_vectors.energies[t] for t in experts]
+            shares = _held(top_energies(samples, directions), energies, [part * rounding[t] for t in experts], within)
+            whole = [part * stored.energies[t] for t in experts]
             looked = zip(shares, energies, whole, strict=True)
             return [1.0 if energy < _REPRESENTATIVE * expected else share for share, energy, expected in looked]
 
@@ -171,8 +173,8 @@ def low_rank_share(task_vectors: TaskVectors) -> float:
             return 0.0
 
     def of_all(experts: Sequence[int]) -> list[float]:
-        updates = (task_vectors.task_vector(t) for t in experts)
-        return _held(updates, [task_vectors.energies[t] for t in experts], [rounding[t] for t in experts], (m, n))
+        tops = task_vectors.top_energies(experts, directions)
+        return _held(tops, [task_vectors.energies[t] for t in experts], [rounding[t] for t in experts], within)
 
     mean = _weighted_mean(task_vectors, of_all, enough=_MOST)
     return 0.0 if mean is None else min(1.0, (mean - _MOST) / (_NEARLY_ALL - _MOST))
@@ -186,7 +188,7 @@ def _weighted_mean(
     An accelerator is asked for all values at once, since waiting for it takes longer than a few products.
     """
     count = len(task_vectors)
-    at_once = 1 if task_vectors.base.device.type == "cpu" else count
+    at_once = 1 if task_vectors.device.type == "cpu" else count
     most = 1.0
     for start in range(0, count, at_once):
         experts = range(start, start + at_once)
@@ -197,14 +199,17 @@ def _weighted_mean(
     return most
 
 
-def _held(
-    updates: Iterable[Tensor], energies: Sequence[float], rounding: Sequence[float], shape: tuple[int, int]
-) -> list[float]:
-    """Share of each update's energy, without that of rounding, in the top directions of matrices of a shape."""
-    directions = min(_MOST_DIRECTIONS, max(1, int(_FEW_DIRECTIONS * min(shape))))
-    within = noise_share(*shape, directions)
+def _held(tops: Sequence[float], energies: Sequence[float], rounding: Sequence[float], within: float) -> list[float]:
+    """Share of each update's energy, without that of rounding, in its top directions.
+
+    Args:
+        tops: energy in the top directions.
+        energies: in all.
+        rounding: that is expected of rounding, in all.
+        within: `noise_share` of these directions.
+    """
     shares = []
-    for energy, lost, top in zip(energies, rounding, top_energies(updates, directions), strict=True):
+    for energy, lost, top in zip(energies, rounding, tops, strict=True):
         genuine = max(energy - lost, _LEAST_GENUINE * energy)
         # A sample may have missed all of an update.
         shares.append(min(1.0, max(0.0, top - within * lost) / genuine) if genuine > 0 else 1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,23 +29,35 @@ class MeasuredMoment:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Expert:
-    """One expert's tensor.
+class Participant:
+    """An expert's part in the merge of a matrix, however its task vector is stored.
 
     Attributes:
         name: how messages call it.
-        tensor: `[m, n]` (or any shape for `mean_task_vector`), dtype and device of the base; borrowed, never modified.
         weight: its weight in the objective, `>= 0`; only ratios between experts matter. 0 leaves it out.
         measured: the second moment of its inputs, where that is known; else it is estimated from the task vector.
     """
 
     name: str
-    tensor: Tensor
     weight: float = 1.0
     measured: MeasuredMoment | None = None
 
 
-def voting_experts(experts: Sequence[Expert], *, name: str) -> list[Expert]:
+@dataclass(frozen=True, kw_only=True)
+class Expert(Participant):
+    """One expert's tensor.
+
+    Attributes:
+        tensor: `[m, n]` (or any shape for `mean_task_vector`), dtype and device of the base; borrowed, never modified.
+    """
+
+    tensor: Tensor
+
+
+AnyParticipant = TypeVar("AnyParticipant", bound=Participant)
+
+
+def voting_experts(experts: Sequence[AnyParticipant], *, name: str) -> list[AnyParticipant]:
     """The experts of positive weight.
 
     Raises:
@@ -97,6 +110,16 @@ def require_finite_update(energy: float, base: Tensor, expert: Expert, *, name: 
     if culprit != "the base" and all_finite(expert.tensor):
         culprit = f"the difference of expert {expert.name} and the base"
     raise ValueError(_not_finite(name, culprit, base.dtype))
+
+
+def require_finite_factors(energy: float, dtype: torch.dtype, expert: str, *, name: str) -> None:
+    """Refuse an update by factors whose energy is NaN or infinite, or beyond what its dtype can hold.
+
+    Raises:
+        ValueError: naming the tensor and the expert.
+    """
+    if not (energy < math.inf and math.sqrt(max(0.0, energy)) <= torch.finfo(dtype).max):
+        raise ValueError(_not_finite(name, f"the update of expert {expert}", dtype))
 
 
 def _not_finite(name: str, culprit: str, dtype: torch.dtype) -> str:

@@ -18,7 +18,6 @@ from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.linalg.symmetric import add_to_diagonal_
 from mergekit_ace.matrix.decision import Decision
 from mergekit_ace.matrix.diagnostics import diagnostics_wanted
-from mergekit_ace.matrix.expert import difference
 from mergekit_ace.matrix.normal_equations import NormalEquations, Solution, response_by_system
 from mergekit_ace.matrix.options import CovarianceOptions
 from mergekit_ace.matrix.second_moment import RegularizedMoment, moment_correlation, regularize
@@ -70,10 +69,10 @@ def assemble_from_reference(
     """
     m, n = task_vectors.buffer_shape
     system, numerator = task_vectors.zeros(n, n), task_vectors.zeros(m, n)
-    tensors, shares = [expert.tensor for expert in task_vectors.experts], task_vectors.shares
+    shares = task_vectors.shares
     reference = _reference(task_vectors, decision)
     moments = []
-    for t, (tensor, share) in enumerate(zip(tensors, shares, strict=True)):
+    for t, share in enumerate(shares):
         own = task_vectors.gram(t)
         squared = squared_norm(own) if options.needs_moment_norms else None
         moment = regularize(task_vectors, t, options, decision, squared=squared)
@@ -82,8 +81,7 @@ def assemble_from_reference(
         if t == reference:
             continue
         add_to_diagonal_(own, share * moment.ridge)
-        for rows in task_vectors.row_panels():
-            numerator[rows].addmm_(difference(tensor[rows], tensors[reference][rows], task_vectors.dtype), own)
+        task_vectors.add_apart_times_(numerator, t, reference, own)
     correlation = None
     if options.correlation_threshold > 0:
         correlation = moment_correlation(

@@ -33,7 +33,6 @@ from mergekit_ace.matrix import from_reference, rough_moments
 from mergekit_ace.matrix.budget import FOLLOWING, PRODUCTS, error_budget
 from mergekit_ace.matrix.decision import Decision
 from mergekit_ace.matrix.diagnostics import diagnostics_wanted
-from mergekit_ace.matrix.expert import difference
 from mergekit_ace.matrix.normal_equations import NormalEquations, Solution, response_by_system
 from mergekit_ace.matrix.options import CovarianceOptions
 from mergekit_ace.matrix.second_moment import RegularizedMoment, moment_correlation, regularize
@@ -79,19 +78,18 @@ class _MatrixWeights:
             share * moment.scale * moment.trace for share, moment in zip(task_vectors.shares, self.moments, strict=True)
         ]
         reference = max(range(len(strength)), key=lambda t: (strength[t], task_vectors.energies[t]))
-        tensors = [expert.tensor for expert in task_vectors.experts]
         weight = task_vectors.task_vector(reference)
         # Errors of the products add up by their squares.
-        allowed = self.error / math.sqrt(max(1, len(tensors) - 1))
+        allowed = self.error / math.sqrt(max(1, len(task_vectors) - 1))
         weighted, self.weighted = self.weighted, []
         weighted.reverse()
-        for t, tensor in enumerate(tensors):
+        for t in range(len(task_vectors)):
             own = weighted.pop()
             if t == reference:
                 continue
             weights = solve_right(own, factor)
             del own
-            apart = _Differences(tensor, tensors[reference], task_vectors)
+            apart = _Differences(task_vectors, t, reference)
             estimate = None
             if allowed > 0:
                 estimate = _add_rough_product_(weight, apart, weights, allowed)
@@ -114,18 +112,19 @@ class _MatrixWeights:
 class _Differences:
     """`D_t - D_r` in pieces of its rows, as often as it is gone through."""
 
-    def __init__(self, tensor: Tensor, reference: Tensor, task_vectors: TaskVectors) -> None:
-        self.tensor, self.reference, self.task_vectors = tensor, reference, task_vectors
+    def __init__(self, task_vectors: TaskVectors, t: int, reference: int) -> None:
+        self.task_vectors, self.t, self.reference = task_vectors, t, reference
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         for rows in self.task_vectors.row_panels():
-            yield rows, difference(self.tensor[rows], self.reference[rows], self.task_vectors.dtype)
+            yield rows, self.task_vectors.apart(self.t, self.reference, rows)
 
     def sizes(self) -> bfloat16.FactorSizes:
         """Of the columns, from some of the rows."""
-        rows = slice(None, None, bfloat16.row_step(self.tensor))
-        sample = difference(self.tensor[rows], self.reference[rows], self.task_vectors.dtype)
-        return bfloat16.FactorSizes.of_columns([sample]).times(len(self.tensor) / len(sample))
+        height = self.task_vectors.buffer_shape[0]
+        rows = slice(None, None, bfloat16.row_step(height))
+        sample = self.task_vectors.apart(self.t, self.reference, rows)
+        return bfloat16.FactorSizes.of_columns([sample]).times(height / len(sample))
 
 
 def _add_rough_product_(target: Tensor, apart: _Differences, weights: Tensor, allowed: float) -> float | None:
@@ -218,7 +217,7 @@ def allowed_error(task_vectors: TaskVectors, options: CovarianceOptions) -> floa
     is known before anything is multiplied: weights are rounded, and the product, the differences hardly.
     """
     m, n = task_vectors.buffer_shape
-    if not bfloat16.is_faster(task_vectors.base.device, m, n):
+    if not bfloat16.is_faster(task_vectors.device, m, n):
         return 0.0
     *others, (largest, _) = sorted(zip(task_vectors.energies, task_vectors.shares, strict=True))
     squared: float = math.fsum(share * (energy + largest) for energy, share in others) / len(task_vectors)

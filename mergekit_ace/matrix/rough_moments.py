@@ -27,7 +27,7 @@ _PROBES = 8
 def allowed_error(task_vectors: TaskVectors, options: CovarianceOptions, decision: Decision) -> float:
     """`||.||_F` that rounded second moments may add to a merge before refinement; 0: they are not to be rounded."""
     m, n = task_vectors.buffer_shape
-    if m < _TALL * n or decision.low_rank or not bfloat16.is_faster(task_vectors.base.device, m, n):
+    if m < _TALL * n or decision.low_rank or not bfloat16.is_faster(task_vectors.device, m, n):
         return 0.0
     budget = error_budget(task_vectors, options.precision)
     if budget < _WORTH_A_TRY * math.sqrt(max(task_vectors.energies)):

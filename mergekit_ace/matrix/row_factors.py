@@ -92,7 +92,7 @@ def _all_rows(task_vectors: TaskVectors) -> RowFactors | None:
     height = m * len(task_vectors)
     if height >= n:
         return None
-    rows = task_vectors.base.new_empty((height, n), dtype=task_vectors.dtype)
+    rows = torch.empty((height, n), dtype=task_vectors.dtype, device=task_vectors.device)
     experts = []
     for t in range(len(task_vectors)):
         block = slice(t * m, (t + 1) * m)

@@ -228,7 +228,7 @@ def assemble_stacked_rows(
 
 def _allowed_error(task_vectors: TaskVectors, height: int, options: CovarianceOptions) -> float:
     """`||.||_F` that `J Y` may be wrong by, of `height` rows, before refinement; 0 where bfloat16 is no faster."""
-    device, (m, n) = task_vectors.base.device, task_vectors.shape
+    device, (m, n) = task_vectors.device, task_vectors.shape
     if not bfloat16.is_faster(device, m, height, n):
         return 0.0
     return PRODUCTS * error_budget(task_vectors, options.precision) / FOLLOWING

@@ -305,7 +305,7 @@ class LayerwiseMethod(GroupMergeMethod):
             note = f"only {task_vectors.experts[0].name} changed it"
             if space is not None:
                 return _apply(matrix.base, space.matrix(task_vectors.task_vector(0)), scale), f"{note}, by its factors"
-            return _sole(matrix.base, task_vectors, scale), note
+            return _sole(matrix, task_vectors, scale), note
         merge = self.merge(task_vectors, parameters)
         for cause, message in log_messages(self.evidence(task_vectors, merge, parameters)):
             self._warnings.warn(cause, message)
@@ -344,8 +344,9 @@ def _apply(base: Tensor, task_vector: Tensor, scale: float) -> Tensor:
     return task_vector.to(base.dtype)
 
 
-def _sole(base: Tensor, task_vectors: TaskVectors, scale: float) -> Tensor:
+def _sole(matrix: Matrix, task_vectors: TaskVectors, scale: float) -> Tensor:
     """`base + scale * D_1`. With a scale of 1 the expert's own bits: `base + (expert - base)` would round twice."""
     if scale == 1:
-        return task_vectors.experts[0].tensor.clone()
-    return _apply(base, task_vectors.task_vector(0), scale)
+        name = task_vectors.experts[0].name
+        return next(expert.tensor for expert in matrix.experts if expert.name == name).clone()
+    return _apply(matrix.base, task_vectors.task_vector(0), scale)

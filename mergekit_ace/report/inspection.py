@@ -13,9 +13,9 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 from mergekit_ace import __version__
-from mergekit_ace.linalg.precision import working_dtype
 from mergekit_ace.matrix.diagnostics import diagnostics
 from mergekit_ace.matrix.expert import Expert, require_finite_base
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from mergekit_ace.recipe.failures import READING, message_of
@@ -176,7 +176,7 @@ def measure_matrix(
     with_spectra: bool,
 ) -> TensorReport:
     """A tensor's report with the norms of its task vectors and, unless the mode is `fast`, with its merge."""
-    report = _with(report, **norms(task_vectors), dtype=str(working_dtype(task_vectors.base.dtype)).rpartition(".")[2])
+    report = _with(report, **norms(task_vectors), dtype=str(task_vectors.dtype).rpartition(".")[2])
     if not len(task_vectors):
         return _with(report, treatment="unchanged")
     if len(task_vectors) > 1:
@@ -215,7 +215,7 @@ def _foreign(report: TensorReport, method: str, group: TensorGroup) -> TensorRep
 def _columns(base: Tensor, experts: Sequence[Expert], name: str) -> TaskVectors:
     """Any tensor as one column: norms need no shape, and the mean row that `TaskVectors` takes is then one number."""
     columns = [replace(expert, tensor=expert.tensor.reshape(-1, 1)) for expert in experts]
-    return TaskVectors(base.reshape(-1, 1), columns, name=name)
+    return StoredTaskVectors(base.reshape(-1, 1), columns, name=name)
 
 
 def _note(plan: Plan) -> str | None:

@@ -11,7 +11,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mergekit_ace.factors.model import Adapter, Factors, Place
+from mergekit_ace.factors.model import Adapter, Place
+from mergekit_ace.linalg.factors import Factors
 
 SMALL = {
     "vocab_size": 48,

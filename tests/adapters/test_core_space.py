@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_ace.factors.core_space import core_space, task_vectors_of
-from mergekit_ace.factors.model import Factors
-from mergekit_ace.matrix.expert import Expert
+from mergekit_ace.factors.core_space import core_space, output_space, task_vectors_of
+from mergekit_ace.linalg.factors import Factors
+from mergekit_ace.matrix.expert import Expert, Participant
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.mergekit_internals import resolve_parameters
 from mergekit_ace.methods import METHODS
@@ -76,13 +77,9 @@ def test_cores_give_what_matrices_give(
     # A few times as large as the updates, so that a merge that depends on its size tells.
     base = drawn(*shape, seed=60)
     whole = [replace(expert, tensor=base + expert.tensor) for expert in whole]
-    expected = merged(method, TaskVectors(base, whole, name="w"), settings)
+    expected = merged(method, StoredTaskVectors(base, whole, name="w"), settings)
     space = core_space(updates_of(shape, dtype))
-    cores = [
-        Expert(name=str(t), tensor=core, weight=weight)
-        for t, (core, weight) in enumerate(zip(space.cores, weights, strict=True))
-    ]
-    small = merged(method, task_vectors_of(space, cores, name="w", base_norm=float(base.norm())), settings)
+    small = merged(method, task_vectors_of(space, whole, name="w", base_norm=float(base.norm())), settings)
     actual = (space.left @ small @ space.right).double()
     assert expected.norm() > 0.01
     assert (actual - expected).norm() <= _TOLERANCE[dtype] * expected.norm()
@@ -96,7 +93,7 @@ def test_the_cores_are_the_updates_in_orthonormal_coordinates() -> None:
     torch.testing.assert_close(space.left.mT @ space.left, torch.eye(10, dtype=torch.float64))
     torch.testing.assert_close(space.right @ space.right.mT, torch.eye(9, dtype=torch.float64))
     for update, core in zip(updates, space.cores, strict=True):
-        torch.testing.assert_close(space.left @ core @ space.right, update.left @ update.right)
+        torch.testing.assert_close(space.left @ core.matrix() @ space.right, update.left @ update.right)
     ones = torch.ones(24, dtype=torch.float64)
     torch.testing.assert_close(space.left @ space.left.mT @ ones, ones)
 
@@ -104,9 +101,24 @@ def test_the_cores_are_the_updates_in_orthonormal_coordinates() -> None:
 def test_factors_are_balanced_and_of_the_numerical_rank() -> None:
     updates = updates_of((24, 60), torch.float32)
     space = core_space([updates[0], updates[0], updates[1]])
-    core = space.cores[0] + space.cores[1] + space.cores[2]
+    core = sum(core.matrix() for core in space.cores)
     factors = space.factors(core)
     assert factors.rank == 5
     expected = 2 * updates[0].left @ updates[0].right + updates[1].left @ updates[1].right
     torch.testing.assert_close(factors.left @ factors.right, expected, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(factors.left.norm(dim=0), factors.right.norm(dim=1))
+
+
+def test_equal_updates_have_equal_cores() -> None:
+    """A factorization gives equal columns unequal rounding, and copies would not count as one expert."""
+    one, two, _ = updates_of((24, 60), torch.float32)
+    copy = Factors(left=one.left.clone(), right=one.right.clone())
+    for space in (core_space([one, two, copy]), output_space([one, two, copy])):
+        assert space.left.shape == (24, 3 + 2 + 1)
+        experts = [
+            Participant(name=name, weight=weight) for name, weight in (("one", 1.0), ("two", 2.0), ("copy", 3.0))
+        ]
+        distinct, became = task_vectors_of(space, experts, name="w").without_copies()
+        assert became == (0, 1, 0)
+        assert [expert.name for expert in distinct.experts] == ["one", "two"]
+        assert distinct.shares == pytest.approx([4 / 3, 2 / 3])

@@ -7,7 +7,7 @@ from mergekit_ace.linalg import blocks, precision, random_draws
 from mergekit_ace.matrix.expert import Expert, MeasuredMoment
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.presets import ACE
-from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.matrix.workload import unrefined_numbers, working_numbers
 from mergekit_ace.methods.ace import Ace
 from tests.device.pretended import AVAILABLE, PretendedAccelerator
@@ -82,7 +82,7 @@ def test_an_output_head_keeps_the_bound_of_its_memory(experts: int, monkeypatch:
     with PretendedAccelerator() as accelerator:
         placed = [accelerator.place(tensor, "gpu:0") for tensor in (base, *updated)]
         experts_there = [Expert(name=str(t), tensor=tensor) for t, tensor in enumerate(placed[1:])]
-        Ace().merge_matrix(TaskVectors(placed[0], experts_there), of_heads)
+        Ace().merge_matrix(StoredTaskVectors(placed[0], experts_there), of_heads)
     bound = 4 * unrefined_numbers(m, n, experts) + BYTES_OF_SCALARS
     assert 4 * m * n <= accelerator.peak <= bound
 
@@ -103,7 +103,7 @@ def test_a_merge_by_measured_moments_keeps_the_bound_of_its_memory(shape: tuple[
             )
             for t, tensor in enumerate(updated)
         ]
-        merge_by_covariance(TaskVectors(placed, experts), ACE)
+        merge_by_covariance(StoredTaskVectors(placed, experts), ACE)
     # A factor is moved in the format that it is stored in, 2 bytes a number, and then widened.
     moved = 2 * factors[0].numel()
     assert accelerator.peak <= 4 * working_numbers(*shape, 3, measured=True) + moved + BYTES_OF_SCALARS

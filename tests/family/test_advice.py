@@ -21,7 +21,7 @@ from mergekit_ace.matrix.decision import Decision
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.merge import MergeFacts
 from mergekit_ace.matrix.options import Gate
-from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.methods.advice import RULES, Evidence, table_merged_as_matrix
 from mergekit_ace.methods.layerwise import LayerwiseMethod
 from tests.checkpoints import Suite, Update, make_suite
@@ -441,7 +441,7 @@ def test_what_a_merge_records_is_in_units_of_the_weights(size: float) -> None:
     base = torch.zeros(60, 30)
     experts = [Expert(name=str(t), tensor=(size * update).float()) for t, update in enumerate(FULL)]
     ace = METHODS["ace"]
-    merge = ace.merge(TaskVectors(base, experts), {item.name: item.default for item in ace.parameters})
+    merge = ace.merge(StoredTaskVectors(base, experts), {item.name: item.default for item in ace.parameters})
     assert merge.refinement is not None
     assert merge.facts().refinement_norm == pytest.approx(float(merge.refinement.update.double().norm()), rel=1e-5)
 

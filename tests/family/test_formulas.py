@@ -13,7 +13,7 @@ import mergekit_ace
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.presets import ACTMAT, WUDI
-from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from tests.family.cases import drawn
 from tests.reference import actmat, cart, iso_c, iso_cts, tsv_m, wudi_adam, wudi_closed_form, wudi_flow
 
@@ -183,7 +183,7 @@ def test_the_automatic_ridge_solves_the_regularized_equations(method: str, shape
     base, experts = drawn(3, *shape)
     weights = [1.0, 2.0, 3.0]
     named = [Expert(name=str(t), tensor=e, weight=w) for t, (e, w) in enumerate(zip(experts, weights, strict=True))]
-    layer = merge_by_covariance(TaskVectors(base, named), {"actmat": ACTMAT, "wudi": WUDI}[method])
+    layer = merge_by_covariance(StoredTaskVectors(base, named), {"actmat": ACTMAT, "wudi": WUDI}[method])
     D = [expert - base for expert in experts]
     identity = torch.eye(shape[1], dtype=torch.float64)
     S = [r.scale * d.T @ d + r.ridge * identity for d, r in zip(D, layer.moments, strict=True)]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ace.matrix.expert import Expert
-from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from tests.family.cases import Case, cases, drawn
 
 # What depends on the unit of the weights by its definition: a fixed ridge, the published gate, a learning rate.
@@ -49,7 +49,7 @@ def test_units_are_powers_of_two_and_ordinary_updates_have_none() -> None:
     base, experts = drawn(3, *SHAPE, dtype=torch.float32)
     for exponent in (-60, 0, 60):
         factor = 2.0**exponent
-        task_vectors = TaskVectors(
+        task_vectors = StoredTaskVectors(
             base * factor, [Expert(name=str(t), tensor=expert * factor) for t, expert in enumerate(experts)]
         )
         unit = task_vectors.suitable_unit

@@ -51,7 +51,7 @@ def test_a_tall_product_is_estimated_from_some_of_its_rows(monkeypatch: pytest.M
     monkeypatch.setattr(bfloat16, "_ENOUGH", 400)
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(1500, 40, generator=generator), torch.randn(40, 50, generator=generator)
-    assert [bfloat16.row_step(left[:rows]) for rows in (300, 799, 800, 1199, 1500)] == [1, 1, 2, 2, 3]
+    assert [bfloat16.row_step(rows) for rows in (300, 799, 800, 1199, 1500)] == [1, 1, 2, 2, 3]
     found, estimate = bfloat16.product_within(left, right, 1e9)
     assert found is not None
     error = float((found.double() - left.double() @ right.double()).norm())

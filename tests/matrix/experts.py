@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from mergekit_ace.matrix.expert import Expert
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from tests.linalg.matrices import of_rank
 
@@ -37,7 +38,7 @@ def layer(updates: list[Tensor], *, dtype: torch.dtype = torch.float64, base_sca
     generator = torch.Generator().manual_seed(3)
     base = base_scale * torch.randn(updates[0].shape, generator=generator, dtype=torch.float64)
     experts = [Expert(name=f"expert {t}", tensor=(base + update).to(dtype)) for t, update in enumerate(updates)]
-    return TaskVectors(base.to(dtype), experts, name="layers.0.up_proj.weight")
+    return StoredTaskVectors(base.to(dtype), experts, name="layers.0.up_proj.weight")
 
 
 def in_float64(task_vectors: TaskVectors) -> list[Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from mergekit_ace.matrix.balanced import averaged_share, merge_balanced
 from mergekit_ace.matrix.bounds import effective_experts, large_share, longest_allowed, mean_energy, scale_factor
 from mergekit_ace.matrix.expert import Expert
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.matrix.task_vectors import TaskVectors
 
 
@@ -24,7 +25,7 @@ def vectors(*updates: Tensor, weights: tuple[float, ...] = (1.0, 1.0), base: flo
     experts = [
         Expert(name=str(t), tensor=start + u, weight=w) for t, (u, w) in enumerate(zip(updates, weights, strict=True))
     ]
-    return TaskVectors(start, experts)
+    return StoredTaskVectors(start, experts)
 
 
 ORTHOGONAL = vectors(entry(0, 0, 3.0), entry(1, 1, 4.0))

@@ -14,6 +14,7 @@ from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.options import CovarianceOptions
 from mergekit_ace.matrix.presets import ACE, ACE_PUBLISHED
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from tests.linalg.matrices import of_spectrum
 
@@ -36,13 +37,13 @@ def task_vectors(shape: tuple[int, int], size: float, spectrum: str, dtype: torc
         update = of_spectrum(*shape, values, seed=t)
         update *= (1 + t / 2) * size * base.norm() / update.norm()
         experts.append(Expert(name=str(t), tensor=(base + update).to(dtype)))
-    return TaskVectors(base.to(dtype), experts)
+    return StoredTaskVectors(base.to(dtype), experts)
 
 
 def error_and_rounding(vectors: TaskVectors, merged: Tensor, options: CovarianceOptions = ACE) -> tuple[float, float]:
     base = vectors.base.double()
     experts = [replace(expert, tensor=expert.tensor.double()) for expert in vectors.experts]
-    exact = merge_by_covariance(TaskVectors(base, experts), options).task_vector
+    exact = merge_by_covariance(StoredTaskVectors(base, experts), options).task_vector
     rounded = (base + exact).to(vectors.base.dtype).double()
     return float((merged.double() - exact).norm()), float((rounded - base - exact).norm())
 
@@ -85,5 +86,5 @@ def test_full_precision_and_the_published_cut_are_taken_in_float64(options) -> N
 def test_a_common_factor_of_everything_changes_no_choice() -> None:
     vectors = task_vectors((160, 160), 0.01, "of a fine-tune", torch.bfloat16)
     budget = error_budget(vectors, "auto")
-    larger = TaskVectors(vectors.base * 8, [replace(e, tensor=e.tensor * 8) for e in vectors.experts])
+    larger = StoredTaskVectors(vectors.base * 8, [replace(e, tensor=e.tensor * 8) for e in vectors.experts])
     assert error_budget(larger, "auto") == pytest.approx(8 * budget)

@@ -7,13 +7,17 @@ from itertools import pairwise
 import pytest
 import torch
 
+from mergekit_ace.linalg.factors import Factors
 from mergekit_ace.matrix.balanced import averaged_share, merge_balanced, merge_without_moments
 from mergekit_ace.matrix.bounds import effective_experts, large_share
+from mergekit_ace.matrix.coordinates import Coordinates
+from mergekit_ace.matrix.core_task_vectors import CoreExpert, CoreTaskVectors
 from mergekit_ace.matrix.decision import low_rank_share
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.matrix.merge import MatrixMerge, merge_by_covariance
 from mergekit_ace.matrix.options import Bounds, CovarianceOptions, SecondMoment
 from mergekit_ace.matrix.presets import ACE, ACE_0_1, ACE_HEAD, ACE_PUBLISHED
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from tests.matrix.experts import adapter_updates, layer, related_updates, steep_updates
 from tests.reference.ace_default import balanced, share_of_large, without_moments
@@ -24,7 +28,7 @@ SHAPES = [(30, 50), (50, 30), (40, 40), (20, 200), (5, 1)]
 
 def weighted(updates: list[torch.Tensor], weights: list[float]) -> TaskVectors:
     base = torch.zeros_like(updates[0])
-    return TaskVectors(
+    return StoredTaskVectors(
         base,
         [Expert(name=str(t), tensor=u, weight=w) for t, (u, w) in enumerate(zip(updates, weights, strict=True))],
     )
@@ -190,7 +194,7 @@ def test_rank_is_found_under_the_rounding_of_bfloat16(rank: int) -> None:
         Expert(name=str(t), tensor=(base + (0.02 * base.float().norm() / update.norm() * update).float()).bfloat16())
         for t, update in enumerate(adapters)
     ]
-    assert low_rank_share(TaskVectors(base, experts)) == 1
+    assert low_rank_share(StoredTaskVectors(base, experts)) == 1
     # twelve of 96 directions are counted as few
     assert low_rank_share(layer(adapter_updates(128, 96, 3, rank=60))) == 0
 
@@ -200,9 +204,9 @@ def test_independent_updates_are_counted() -> None:
     orthogonal = [torch.outer(eye[t], eye[t]) for t in range(4)]
     zeros = torch.zeros(6, 6, dtype=torch.float64)
     experts = [Expert(name=str(t), tensor=update) for t, update in enumerate(orthogonal)]
-    assert effective_experts(TaskVectors(zeros, experts)) == pytest.approx(4.0)
+    assert effective_experts(StoredTaskVectors(zeros, experts)) == pytest.approx(4.0)
     opposite = [Expert(name="up", tensor=orthogonal[0]), Expert(name="down", tensor=-orthogonal[0])]
-    assert effective_experts(TaskVectors(zeros, opposite)) == pytest.approx(4.0)
+    assert effective_experts(StoredTaskVectors(zeros, opposite)) == pytest.approx(4.0)
 
 
 def test_opposite_experts_cancel() -> None:
@@ -290,8 +294,11 @@ def test_updates_are_large_from_an_eighth_of_the_base_over_all_blocks() -> None:
 
 def test_updates_count_as_small_where_the_base_is_not_known_and_as_large_where_it_is_zero() -> None:
     updates = adapter_updates(60, 80, 3, rank=4)
-    unknown = sized(updates, 1.0)
-    unknown.base_norm = None
+    left, right = torch.ones(60, dtype=torch.float64), torch.ones(80, dtype=torch.float64)
+    unknown = CoreTaskVectors(
+        [CoreExpert(name=str(t), core=Factors(left=u, right=right.diag())) for t, u in enumerate(updates)],
+        coordinates=Coordinates(shape=(60, 80), ones_left=left, ones_right=right),
+    )
     torch.testing.assert_close(merge_without_moments(unknown), balanced(updates, [1.0] * 3), rtol=0, atol=1e-9)
     torch.testing.assert_close(merge_without_moments(weighted(updates, [1.0] * 3)), sum(updates) / 3)
 
@@ -302,7 +309,7 @@ def test_base_and_updates_in_another_unit_give_the_same(factor: float) -> None:
     task_vectors = sized(updates, 0.1)
     merged = merge_by_covariance(task_vectors, ACE).task_vector
     experts = [replace(expert, tensor=factor * expert.tensor) for expert in reversed(task_vectors.experts)]
-    other = merge_by_covariance(TaskVectors(factor * task_vectors.base, experts), ACE).task_vector
+    other = merge_by_covariance(StoredTaskVectors(factor * task_vectors.base, experts), ACE).task_vector
     torch.testing.assert_close(other / factor, merged, rtol=0, atol=1e-9)
     inner = merge_by_covariance(task_vectors.in_units_of(2.0**20), ACE).task_vector
     torch.testing.assert_close(inner * 2.0**20, merged, rtol=0, atol=1e-9)
@@ -370,10 +377,10 @@ def test_a_sample_shows_large_fine_tunes_to_be_no_adapters(rank: int, monkeypatc
         base + 0.01 * torch.randn(1100, rank, generator=generator) @ torch.randn(rank, 2300, generator=generator)
         for _ in range(3)
     ]
-    task_vectors = TaskVectors(base, [Expert(name=str(t), tensor=tensor) for t, tensor in enumerate(experts)])
+    task_vectors = StoredTaskVectors(base, [Expert(name=str(t), tensor=tensor) for t, tensor in enumerate(experts)])
     looked_at = []
     monkeypatch.setattr(
-        task_vectors, "task_vector", lambda t: looked_at.append(t) or TaskVectors.task_vector(task_vectors, t)
+        task_vectors, "task_vector", lambda t: looked_at.append(t) or StoredTaskVectors.task_vector(task_vectors, t)
     )
     assert low_rank_share(task_vectors) == (1.0 if rank == 8 else 0.0)
     assert looked_at == ([0, 1, 2] if rank == 8 else [])

@@ -27,6 +27,7 @@ from mergekit_ace.matrix.peers.isotropic import merge_isotropic, merge_isotropic
 from mergekit_ace.matrix.peers.wudi_adam import descend_interference
 from mergekit_ace.matrix.peers.wudi_flow import flow_interference
 from mergekit_ace.matrix.presets import ACE, ACE_HEAD, ACE_PUBLISHED
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from tests.linalg.matrices import of_rank, spd
 from tests.matrix.experts import adapter_updates, layer, steep_updates
@@ -48,7 +49,7 @@ def measured() -> TaskVectors:
     vectors = layer(steep_updates(20, 12, 2), dtype=torch.float32)
     moment = MeasuredMoment(factor=of_rank(9, 12, 9).float(), error=0.2, tokens=9)
     experts = [replace(expert, measured=moment) for expert in vectors.experts]
-    return TaskVectors(vectors.base, experts)
+    return StoredTaskVectors(vectors.base, experts)
 
 
 LAYERS = {
@@ -73,7 +74,7 @@ def test_the_merge_by_covariance(kind: str, options: object) -> None:
     expected = merge_by_covariance(vectors, options).task_vector  # type: ignore[arg-type]
 
     def merged() -> Tensor:
-        again = TaskVectors(vectors.base, vectors.experts)
+        again = StoredTaskVectors(vectors.base, vectors.experts)
         return merge_by_covariance(again, options).task_vector  # type: ignore[arg-type]
 
     assert torch.equal(inside(merged), expected)

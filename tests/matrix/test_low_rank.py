@@ -9,6 +9,7 @@ from torch import Tensor
 from mergekit_ace.matrix import decision
 from mergekit_ace.matrix.decision import _weighted_mean, low_rank_share, noise_share
 from mergekit_ace.matrix.expert import Expert
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.matrix.task_vectors import TaskVectors
 
 SIZES = [0.001, 0.003, 0.01, 0.05]
@@ -39,7 +40,7 @@ def stored(updates: list[Tensor], size: float, storage: torch.dtype) -> TaskVect
         Expert(name=str(t), tensor=(base.float() + size * norm / update.norm() * update).to(storage))
         for t, update in enumerate(updates)
     ]
-    return TaskVectors(base, experts)
+    return StoredTaskVectors(base, experts)
 
 
 @pytest.mark.parametrize("storage", FORMATS, ids=str)
@@ -75,7 +76,7 @@ def test_a_sample_that_misses_an_update_is_no_estimate_of_it() -> None:
     full = normal(side, side, seed=5)
     full[::2] = 0.0
     for update, share in ((adapter, 1.0), (adapter + noise, 1.0), (full, 0.0)):
-        vectors = TaskVectors(base, [Expert(name="e", tensor=base + 1e-3 * update)])
+        vectors = StoredTaskVectors(base, [Expert(name="e", tensor=base + 1e-3 * update)])
         assert low_rank_share(vectors) == share
 
 
@@ -83,16 +84,16 @@ def test_the_sample_has_sides_of_a_limited_length(monkeypatch: pytest.MonkeyPatc
     """Of the smaller side so many rows or columns at most, of the larger one twice as many."""
     monkeypatch.setattr(decision, "_SAMPLED", (16, 32))
     steps = []
-    original = TaskVectors.sample
+    original = StoredTaskVectors.sample
 
-    def sample(self: TaskVectors, t: int, *, row_step: int, column_step: int) -> Tensor:
+    def sample(self: StoredTaskVectors, t: int, *, row_step: int, column_step: int) -> Tensor:
         steps.append((row_step, column_step))
         return original(self, t, row_step=row_step, column_step=column_step)
 
-    monkeypatch.setattr(TaskVectors, "sample", sample)
+    monkeypatch.setattr(StoredTaskVectors, "sample", sample)
     for shape in ((40, 100), (100, 40), (40, 40), (17, 32), (16, 100)):
         base, update = torch.zeros(shape), normal(*shape, seed=1)
-        low_rank_share(TaskVectors(base, [Expert(name="e", tensor=update)]))
+        low_rank_share(StoredTaskVectors(base, [Expert(name="e", tensor=update)]))
     assert steps == [(3, 4), (4, 3), (3, 3), (2, 1)]
 
 
@@ -104,7 +105,7 @@ def test_a_mean_is_given_up_as_soon_as_it_cannot_be_reached() -> None:
         asked.append(list(experts))
         return [values[t] for t in experts]
 
-    vectors = TaskVectors(torch.zeros(4, 4), [Expert(name=str(t), tensor=normal(4, 4, seed=t)) for t in range(4)])
+    vectors = StoredTaskVectors(torch.zeros(4, 4), [Expert(name=str(t), tensor=normal(4, 4, seed=t)) for t in range(4)])
     assert _weighted_mean(vectors, some, enough=0.7) == pytest.approx(3.1 / 4)
     assert asked == [[0], [1], [2], [3]]
     asked.clear()
@@ -113,7 +114,7 @@ def test_a_mean_is_given_up_as_soon_as_it_cannot_be_reached() -> None:
     assert asked == [[0], [1]]
     asked.clear()
     assert _weighted_mean(vectors.with_shares([0.4, 0.4, 2.8, 0.4]), some, enough=0.0) == pytest.approx(0.73)
-    vectors.base = torch.zeros(4, 4, device="meta")
+    vectors.device = torch.device("meta")
     asked.clear()
     assert _weighted_mean(vectors, some, enough=0.86) is None
     assert asked == [[0, 1, 2, 3]]
@@ -132,5 +133,5 @@ def test_the_share_grows_with_the_energy_in_few_directions(held: float, expected
     values = torch.ones(64, dtype=torch.float64)
     values[:8] = (held / (1 - held) * 56 / 8) ** 0.5
     left = torch.linalg.qr(normal(64, 64, seed=4).double()).Q
-    task_vectors = TaskVectors(torch.zeros(64, 64, dtype=torch.float64), [Expert(name="e", tensor=left * values)])
+    task_vectors = StoredTaskVectors(torch.zeros(64, 64, dtype=torch.float64), [Expert(name="e", tensor=left * values)])
     assert low_rank_share(task_vectors) == pytest.approx(expected, abs=1e-3)

@@ -17,6 +17,7 @@ from mergekit_ace.matrix.matrix_weights import assemble_matrix_weights
 from mergekit_ace.matrix.merge import MatrixMerge, merge_by_covariance
 from mergekit_ace.matrix.options import Bounds, CovarianceOptions, SecondMoment
 from mergekit_ace.matrix.presets import ACE, ACE_PUBLISHED, ACTMAT, WUDI, with_epsilon
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from mergekit_ace.matrix.workload import by_matrix_weights
 from tests.matrix.experts import layer, related_updates, steep_updates
@@ -178,7 +179,7 @@ def test_a_copy_keeps_its_moment_where_a_matrix_is_merged_again(monkeypatch: pyt
     monkeypatch.setattr(matrix_weights, "FOLLOWING", 1.0)
     vectors = task_vectors((320, 160), 0.01, "steep", torch.bfloat16)
     first = vectors.experts[0]
-    copied = TaskVectors(vectors.base, [*vectors.experts, Expert(name="a copy", tensor=first.tensor)])
+    copied = StoredTaskVectors(vectors.base, [*vectors.experts, Expert(name="a copy", tensor=first.tensor)])
     # Else it would not be merged twice.
     assert merge_by_covariance(copied, replace(WITH_MOMENTS, refinement=None)).products == "bfloat16"
     merged = merge_by_covariance(copied, WITH_MOMENTS)
@@ -190,7 +191,7 @@ def test_a_copy_keeps_its_moment_where_a_matrix_is_merged_again(monkeypatch: pyt
 def test_equal_experts_are_exact_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     in_bfloat16(monkeypatch)
     vectors = task_vectors((320, 160), 0.001, "of a fine-tune", torch.bfloat16, count=1)
-    thrice = TaskVectors(vectors.base, [Expert(name=str(t), tensor=vectors.experts[0].tensor) for t in range(3)])
+    thrice = StoredTaskVectors(vectors.base, [Expert(name=str(t), tensor=vectors.experts[0].tensor) for t in range(3)])
     merged = merge_by_covariance(thrice, replace(WITH_MOMENTS, combine_copies=False, bounds=Bounds()))
     torch.testing.assert_close(merged.task_vector, vectors.task_vector(0), rtol=0, atol=0)
 

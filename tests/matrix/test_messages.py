@@ -17,7 +17,7 @@ from mergekit_ace.matrix.expert import (
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.options import CovarianceOptions, Gate, SecondMoment, SpectralRefinement
 from mergekit_ace.matrix.presets import ACE, ACE_PUBLISHED, with_epsilon
-from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from tests.matrix.experts import layer, steep_updates
 
 
@@ -100,7 +100,7 @@ def test_measured_moments_of_the_published_preset() -> None:
     vectors = layer(steep_updates(6, 5, 2))
     measured = MeasuredMoment(factor=torch.eye(5), error=0.1, tokens=5)
     experts = [replace(expert, measured=measured) for expert in vectors.experts]
-    known = TaskVectors(vectors.base, experts, name="w")
+    known = StoredTaskVectors(vectors.base, experts, name="w")
     told = (
         "w: measured second moments cannot be combined with preset: published or structural_prior: true, which are "
         "defined of estimated ones. Remove moments, or those"
@@ -124,13 +124,15 @@ def test_a_ridge_beyond_the_dtype() -> None:
 def test_the_rank_and_reason_of_what_is_left_out() -> None:
     base = torch.ones(2, 3)
     changed = Expert(name="changed", tensor=base + 1)
-    found = TaskVectors(base, [changed, Expert(name="same", tensor=base.clone())])
+    found = StoredTaskVectors(base, [changed, Expert(name="same", tensor=base.clone())])
     assert found.left_out == {"same": "equal to the base here"}
     # One entry by its last bit: less than the rounding of the matrix.
     last_bit = base.clone()
     last_bit[0, 0] += torch.finfo(torch.float32).eps
-    found = TaskVectors(base, [changed, Expert(name="last bit", tensor=last_bit)])
+    found = StoredTaskVectors(base, [changed, Expert(name="last bit", tensor=last_bit)])
     assert found.left_out == {"last bit": "equal to the base here"}
     last_bit += 4 * torch.finfo(torch.float32).eps
-    assert TaskVectors(base, [changed, Expert(name="last bits", tensor=last_bit)]).left_out == {}
-    assert TaskVectors(base, [Expert(name="same", tensor=base.clone())]).left_out == {"same": "equal to the base here"}
+    assert StoredTaskVectors(base, [changed, Expert(name="last bits", tensor=last_bit)]).left_out == {}
+    assert StoredTaskVectors(base, [Expert(name="same", tensor=base.clone())]).left_out == {
+        "same": "equal to the base here"
+    }

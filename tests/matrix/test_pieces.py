@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from mergekit_ace.factors.core_space import core_space, task_vectors_of
-from mergekit_ace.factors.model import Factors
 from mergekit_ace.linalg import blocks
+from mergekit_ace.linalg.factors import Factors
 from mergekit_ace.matrix.averaging import mean_task_vector
-from mergekit_ace.matrix.expert import Expert, MeasuredMoment
+from mergekit_ace.matrix.expert import Expert, MeasuredMoment, Participant
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.options import Bounds
 from mergekit_ace.matrix.presets import ACE, ACE_HEAD, ACE_PUBLISHED
 from mergekit_ace.matrix.storage_rounding import rounding_energy
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from tests.adapters.test_core_space import drawn
 from tests.linalg.matrices import of_rank
@@ -77,7 +78,7 @@ def test_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = [float((update - update.mean(dim=0)).square().sum()) for update in updates]
     space = core_space([Factors(left=u, right=v) for u, v in zip(left, right, strict=True)])
     in_small_pieces(monkeypatch)
-    experts = [Expert(name=str(t), tensor=core) for t, core in enumerate(space.cores)]
+    experts = [Participant(name=str(t)) for t in range(3)]
     vectors = task_vectors_of(space, experts, name="w")
     assert [s.centered_energy for s in vectors.statistics] == pytest.approx(exact, rel=1e-9)
 
@@ -85,7 +86,7 @@ def test_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_measured_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = layer(steep_updates(20, 24, 2))
     moment = MeasuredMoment(factor=of_rank(30, 24, 24), error=0.2, tokens=30)
-    known = TaskVectors(vectors.base, [replace(expert, measured=moment) for expert in vectors.experts])
+    known = StoredTaskVectors(vectors.base, [replace(expert, measured=moment) for expert in vectors.experts])
     expected = merge_by_covariance(known, ACE).task_vector
     in_small_pieces(monkeypatch)
     torch.testing.assert_close(merge_by_covariance(known, ACE).task_vector, expected, rtol=1e-9, atol=1e-9)

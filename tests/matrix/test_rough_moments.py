@@ -14,6 +14,7 @@ from mergekit_ace.matrix.from_reference import assemble_from_reference
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.options import Bounds
 from mergekit_ace.matrix.presets import ACE as DEFAULT
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from tests.matrix.test_budget import SPECTRA, error_and_rounding, task_vectors
 
@@ -96,7 +97,7 @@ def test_large_updates_square_matrices_and_full_precision_are_not_rounded() -> N
 def test_equal_experts_give_that_expert() -> None:
     """Numerator and system have the same rounded second moments."""
     vectors = task_vectors((320, 128), 0.001, "of a fine-tune", torch.bfloat16, count=1)
-    thrice = TaskVectors(vectors.base, [replace(vectors.experts[0], name=str(t)) for t in range(3)])
+    thrice = StoredTaskVectors(vectors.base, [replace(vectors.experts[0], name=str(t)) for t in range(3)])
     options = replace(ACE, combine_copies=False)
     assert matrix_weights.suits(thrice, options, decide(thrice, options))
     torch.testing.assert_close(

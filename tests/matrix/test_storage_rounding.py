@@ -17,7 +17,7 @@ from mergekit_ace.matrix.storage_rounding import (
     storage_floors,
     storage_formats,
 )
-from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 
 METHODS = [method.name for method in mergekit_ace.METHODS]
 BFLOAT16_ONLY = "differs from the base here by rounding to bfloat16 only"
@@ -93,25 +93,25 @@ def test_a_small_update_of_a_base_in_16_bits_is_none_of_its_rounding(size: float
         ("relative", size * base * torch.randn((96, 64), generator=torch.Generator().manual_seed(5))),
         ("one value", torch.full((96, 64), size * 0.05)),
     ):
-        assert len(TaskVectors(base, [Expert(name=name, tensor=base + update)])) == 1
+        assert len(StoredTaskVectors(base, [Expert(name=name, tensor=base + update)])) == 1
 
 
 def test_the_base_is_named_where_it_was_rounded() -> None:
     original = weights((96, 64), seed=1)
     base = original.bfloat16().float()
-    left_out = TaskVectors(base, [Expert(name="before", tensor=original)]).left_out
+    left_out = StoredTaskVectors(base, [Expert(name="before", tensor=original)]).left_out
     assert left_out == {"before": "the base differs from it here by rounding to bfloat16 only"}
     # One entry beyond half a step was trained.
     trained = original.clone()
     trained[3, 4] *= 1.01
-    assert TaskVectors(base, [Expert(name="trained", tensor=trained)]).left_out == {}
+    assert StoredTaskVectors(base, [Expert(name="trained", tensor=trained)]).left_out == {}
 
 
 @pytest.mark.parametrize(("size", "kept"), [(0.0, False), (0.002, True), (0.01, True)])
 def test_an_update_above_the_rounding_of_its_format_is_kept(size: float, kept: bool) -> None:
     base = weights((96, 64), seed=1)
     stored = fine_tuned(base, size=size).bfloat16().float()
-    task_vectors = TaskVectors(base, [Expert(name="tuned", tensor=stored)])
+    task_vectors = StoredTaskVectors(base, [Expert(name="tuned", tensor=stored)])
     assert (len(task_vectors) == 1) is kept
     assert task_vectors.left_out == (
         {} if kept else {"tuned": "differs from the base here by rounding to bfloat16 only"}
@@ -126,7 +126,7 @@ def test_who_is_left_out_and_why() -> None:
         Expert(name="silenced", tensor=fine_tuned(base, seed=6), weight=0.0),
         Expert(name="half", tensor=base.half().float()),
     ]
-    assert TaskVectors(base, experts).left_out == {
+    assert StoredTaskVectors(base, experts).left_out == {
         "silenced": "weight 0",
         "frozen": "equal to the base here",
         "half": "differs from the base here by rounding to float16 only",

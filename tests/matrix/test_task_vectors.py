@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mergekit_ace.matrix.coordinates import Coordinates
 from mergekit_ace.matrix.expert import Expert, MeasuredMoment, difference
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.matrix.task_vectors import TaskVectors, UpdateStatistics
 from tests.matrix.experts import layer, steep_updates
 
@@ -23,7 +23,7 @@ def vectors(
     experts = [
         Expert(name=str(t), tensor=(BASE + update).to(dtype), weight=weights[t]) for t, update in enumerate(updates)
     ]
-    return TaskVectors(BASE.to(dtype), experts)
+    return StoredTaskVectors(BASE.to(dtype), experts)
 
 
 def test_sizes() -> None:
@@ -70,7 +70,7 @@ def test_units(size: float, power: int) -> None:
     update = torch.zeros(2, 3, dtype=torch.float64)
     update[0, 1] = size
     base = torch.zeros(2, 3, dtype=torch.float64)
-    found = TaskVectors(base, [Expert(name="a", tensor=update), Expert(name="b", tensor=update * 1e-3)])
+    found = StoredTaskVectors(base, [Expert(name="a", tensor=update), Expert(name="b", tensor=update * 1e-3)])
     assert found.suitable_unit == 2.0**power
 
 
@@ -115,9 +115,9 @@ def test_copies_count_as_one_of_their_summed_weight() -> None:
     # Copies with second moments of their own are two experts.
     measured = MeasuredMoment(factor=torch.eye(3), error=0.0, tokens=3)
     experts = [replace(expert, measured=measured) for expert in vectors(ONE, ONE).experts]
-    assert TaskVectors(BASE, experts).without_copies()[1] == (0, 0)
-    assert TaskVectors(BASE, experts).measured == 2
-    assert TaskVectors(BASE, [experts[0], replace(experts[1], measured=None)]).without_copies()[1] == (0, 1)
+    assert StoredTaskVectors(BASE, experts).without_copies()[1] == (0, 0)
+    assert StoredTaskVectors(BASE, experts).measured == 2
+    assert StoredTaskVectors(BASE, [experts[0], replace(experts[1], measured=None)]).without_copies()[1] == (0, 1)
 
 
 def test_other_shares() -> None:
@@ -148,29 +148,6 @@ def test_pieces_and_products() -> None:
     torch.testing.assert_close(found.add_to_every_row_(update.clone(), row, factor=-2.0), update - 2 * row)
     target = torch.ones(20, 12, dtype=torch.float64)
     torch.testing.assert_close(found.add_mean_(target, factor=0.5), 1 + 0.5 * found.mean())
-
-
-def test_cores_stand_for_larger_matrices() -> None:
-    """With `U` of two columns: the mean row is taken by the coordinates of ones."""
-    left = torch.linalg.qr(torch.stack([torch.ones(8), torch.arange(8.0)], dim=1).double()).Q
-    core = torch.tensor([[1.0, 2.0, 0.5], [0.0, -1.0, 3.0]], dtype=torch.float64)
-    whole = left @ core
-    coordinates = Coordinates(shape=(8, 3), ones_left=left.sum(dim=0), ones_right=torch.ones(3, dtype=torch.float64))
-    found = TaskVectors(torch.zeros_like(core), [Expert(name="a", tensor=core)], coordinates=coordinates)
-    assert (found.shape, found.buffer_shape) == ((8, 3), (2, 3))
-    assert (found.base_norm, found.rounding, found.output_rounding) == (None, 0.0, 0.0)
-    assert found.energies[0] == pytest.approx(float(whole.square().sum()))
-    centered = whole - whole.mean(dim=0)
-    assert found.statistics[0].centered_energy == pytest.approx(float(centered.square().sum()))
-    torch.testing.assert_close(found.mean_row(core), whole.mean(dim=0))
-    row = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    added = left @ found.add_to_every_row_(core.clone(), row, factor=0.5)
-    torch.testing.assert_close(added, whole + 0.5 * row)
-    found.base_norm = 5.0
-    assert found.rounding == 0.0
-    # Of cores in 16 bits no output is rounded here.
-    stored = TaskVectors(torch.zeros(2, 3).half(), [Expert(name="a", tensor=core.half())], coordinates=coordinates)
-    assert stored.output_rounding == 0.0
 
 
 def test_differences_are_copies_in_the_asked_dtype() -> None:

@@ -18,7 +18,7 @@ from mergekit_ace.cli import main
 from mergekit_ace.matrix.expert import Expert, MeasuredMoment
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.presets import ACE
-from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.matrix.workload import working_numbers
 from mergekit_ace.moments.index import MomentsIndex, read_index
 from mergekit_ace.recipe.planning import planned
@@ -60,7 +60,7 @@ def merged_by_hand(scene: Scene, index: MomentsIndex, name: str) -> Tensor:
             found = entry.inputs[source]
             moment = MeasuredMoment(factor=factor, error=found.error, tokens=found.tokens)
         experts.append(Expert(name=str(number), tensor=expert.tensors[name], measured=moment))
-    return base + merge_by_covariance(TaskVectors(base, experts), ACE).task_vector
+    return base + merge_by_covariance(StoredTaskVectors(base, experts), ACE).task_vector
 
 
 @pytest.mark.parametrize("names", [("expert0", "expert1"), ("expert1",)])

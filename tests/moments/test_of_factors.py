@@ -2,7 +2,7 @@
 
 import torch
 
-from mergekit_ace.factors.model import Factors
+from mergekit_ace.linalg.factors import Factors
 from mergekit_ace.matrix.expert import Expert, MeasuredMoment
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.presets import ACE

@@ -9,7 +9,7 @@ from torch import Tensor
 from mergekit_ace.matrix.expert import Expert, MeasuredMoment
 from mergekit_ace.matrix.merge import merge_by_covariance
 from mergekit_ace.matrix.presets import ACE, ACE_PUBLISHED, ACTMAT, WUDI
-from mergekit_ace.matrix.task_vectors import TaskVectors
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 
 # Products and solves in float32 of systems whose condition stays below a thousand.
 TOLERANCE = 1e-4
@@ -83,7 +83,7 @@ def test_the_solve(options: object, normalized: bool, m: int, n: int, tokens: in
         )
         for t in range(3)
     ]
-    merge = merge_by_covariance(TaskVectors(base, experts), options)  # type: ignore[arg-type]
+    merge = merge_by_covariance(StoredTaskVectors(base, experts), options)  # type: ignore[arg-type]
     moments = [
         factor.double().T @ factor.double() if known else None for factor, known in zip(factors, measured, strict=True)
     ]
@@ -108,7 +108,7 @@ def test_inputs_that_never_differ_from_zero_leave_the_system_solvable() -> None:
         Expert(name=str(t), tensor=updates[t], measured=MeasuredMoment(factor=factors[t], error=0.0, tokens=4))
         for t in range(2)
     ]
-    merged = merge_by_covariance(TaskVectors(base, experts), WUDI).task_vector
+    merged = merge_by_covariance(StoredTaskVectors(base, experts), WUDI).task_vector
     torch.testing.assert_close(merged[:, :4], updates[0][:, :4], rtol=0, atol=1e-5)
     torch.testing.assert_close(merged[:, 4:], updates[1][:, 4:], rtol=0, atol=1e-5)
 
@@ -117,7 +117,7 @@ def test_moments_that_are_all_zero_leave_the_estimate() -> None:
     base = numbers(6, 8, seed=9)
     plain = [Expert(name=str(t), tensor=base + numbers(6, 8, seed=t)) for t in range(2)]
     zero = [replace(expert, measured=MeasuredMoment(factor=torch.zeros(3, 8), error=0.5, tokens=3)) for expert in plain]
-    merges = [merge_by_covariance(TaskVectors(base, experts), WUDI).task_vector for experts in (plain, zero)]
+    merges = [merge_by_covariance(StoredTaskVectors(base, experts), WUDI).task_vector for experts in (plain, zero)]
     torch.testing.assert_close(merges[0], merges[1], rtol=0, atol=1e-5)
 
 
@@ -132,7 +132,7 @@ def test_the_number_of_tokens_counts_against_the_rows_of_full_updates_alone(rank
             update = numbers(64, rank, seed=t) @ numbers(rank, 48, seed=10 + t)
             measured = MeasuredMoment(factor=numbers(60, 48, seed=20 + t), error=0.1, tokens=tokens)
             experts.append(Expert(name=str(t), tensor=base + update, measured=measured))
-        merges.append(merge_by_covariance(TaskVectors(base, experts), WUDI).task_vector)
+        merges.append(merge_by_covariance(StoredTaskVectors(base, experts), WUDI).task_vector)
     moved = float((merges[0] - merges[1]).norm() / merges[0].norm())
     assert (moved < 1e-5) if rank == 2 else (moved > 0.05)
 
@@ -144,7 +144,7 @@ def test_measured_adapters_are_held_as_far_as_they_are_large_for_their_base(scal
     updates = [numbers(64, 2, seed=t) @ numbers(2, 48, seed=10 + t) for t in range(3)]
     measured = [MeasuredMoment(factor=numbers(30, 48, seed=20 + t), error=0.2, tokens=30) for t in range(3)]
     experts = [Expert(name=str(t), tensor=base + updates[t], measured=measured[t]) for t in range(3)]
-    decision = merge_by_covariance(TaskVectors(base, experts), ACE).decision
+    decision = merge_by_covariance(StoredTaskVectors(base, experts), ACE).decision
     assert decision is not None
     end_to_end = 2 * sum(float(update.norm()) for update in updates)
     energy = sum(float(update.square().sum()) for update in updates) / 3
@@ -166,7 +166,7 @@ def test_adapters_stay_adapters() -> None:
     ]
     basis = torch.linalg.qr(torch.cat(left, dim=1)).Q
     for options in (WUDI, ACE):
-        merged = merge_by_covariance(TaskVectors(base, experts), options).task_vector
+        merged = merge_by_covariance(StoredTaskVectors(base, experts), options).task_vector
         outside = merged - basis @ (basis.T @ merged)
         assert float(outside.norm()) < 1e-4 * float(merged.norm())
 
@@ -182,4 +182,4 @@ def test_the_published_preset_takes_no_measured_moments() -> None:
         for t in range(2)
     ]
     with pytest.raises(ValueError, match="layer: measured second moments cannot be combined with preset: published"):
-        merge_by_covariance(TaskVectors(base, experts, name="layer"), ACE_PUBLISHED)
+        merge_by_covariance(StoredTaskVectors(base, experts, name="layer"), ACE_PUBLISHED)

@@ -11,8 +11,8 @@ from mergekit_ace import merge
 from mergekit_ace.adapters.base_norms import BaseNorms
 from mergekit_ace.adapters.merge import AdapterMerge
 from mergekit_ace.adapters.request import Request
-from mergekit_ace.factors.model import Factors
 from mergekit_ace.factors.opening import open_adapter
+from mergekit_ace.linalg.factors import Factors
 from mergekit_ace.matrix.expert import Expert
 from mergekit_ace.methods.ace import Ace
 from mergekit_ace.methods.tensors.matrices import matrices

@@ -18,8 +18,9 @@ from torch import Tensor
 from mergekit_ace.factors import conversion
 from mergekit_ace.factors.formats.peft_settings import configured_scale
 from mergekit_ace.factors.formats.shapes import require_factors, scalar
-from mergekit_ace.factors.model import Adapter, Factors, Place, Update
+from mergekit_ace.factors.model import Adapter, Place, Update
 from mergekit_ace.factors.tensors import AdapterError, Tensors
+from mergekit_ace.linalg.factors import Factors
 
 _KEY = re.compile(
     r"^(?P<module>.+?)(?:\.lora|\.lora_linear_layer|_lora)?\."

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mergekit_ace.factors import conversion
 from mergekit_ace.factors.formats.shapes import require_factors, require_loha, require_lokr, scalar
-from mergekit_ace.factors.model import Adapter, Factors, Place, Update
+from mergekit_ace.factors.model import Adapter, Place, Update
 from mergekit_ace.factors.tensors import AdapterError, Tensors
+from mergekit_ace.linalg.factors import Factors
 
 _PART = re.compile(
     r"^(?P<module>.+?)\.(?P<part>lora_down|lora_up|lora_mid|alpha|dora_scale|"

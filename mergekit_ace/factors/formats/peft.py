@@ -25,8 +25,9 @@ from mergekit_ace.factors.formats.peft_settings import (
     require_convertible,
 )
 from mergekit_ace.factors.formats.shapes import require_loha, require_lokr
-from mergekit_ace.factors.model import Adapter, Factors, Place, TokenRows, Update, Vector
+from mergekit_ace.factors.model import Adapter, Place, TokenRows, Update, Vector
 from mergekit_ace.factors.tensors import AdapterError, Tensors
+from mergekit_ace.linalg.factors import Factors
 
 
 def read_peft(

@@ -16,8 +16,9 @@ from torch import Tensor
 from mergekit_ace.factors.conversion import to_stack
 from mergekit_ace.factors.formats.peft_keys import PREFIX, with_wrapper
 from mergekit_ace.factors.formats.peft_parameters import without_wrappers
-from mergekit_ace.factors.model import Adapter, Factors, Place
+from mergekit_ace.factors.model import Adapter, Place
 from mergekit_ace.factors.tensors import AdapterError
+from mergekit_ace.linalg.factors import Factors
 
 _SAME = ("task_type", "revision", "auto_mapping")
 _NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mergekit_ace.linalg.subspace import polar_factor, singular_triples
+from mergekit_ace.linalg.subspace import polar_factor
 from mergekit_ace.matrix.task_vectors import TaskVectors
 
 
@@ -29,10 +29,9 @@ def merge_task_singular_vectors(task_vectors: TaskVectors) -> Tensor:
         `[m, n]`, working dtype.
     """
     k = max(1, min(task_vectors.shape) // len(task_vectors))
-    rounding = task_vectors.rounding
     left, singular_values, right = [], [], []
     for t, share in enumerate(task_vectors.shares):
-        triples = singular_triples(task_vectors.task_vector(t), k, floor=rounding)
+        triples = task_vectors.singular_triples(t, k)
         left.append(triples.left)
         singular_values.append(share * triples.singular_values)
         right.append(triples.right)

@@ -17,10 +17,11 @@ from mergekit.common import ModelReference
 from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
-from mergekit_ace.factors.model import Adapter, Factors
+from mergekit_ace.factors.model import Adapter
 from mergekit_ace.factors.opening import CONFIGURATION, open_adapter
 from mergekit_ace.factors.tensors import AdapterError
 from mergekit_ace.linalg.blocks import blocks
+from mergekit_ace.linalg.factors import Factors
 from mergekit_ace.linalg.precision import working_dtype
 
 LOG = logging.getLogger("mergekit_ace")

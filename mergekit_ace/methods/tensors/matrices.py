@@ -10,9 +10,10 @@ from mergekit.merge_methods.base import TensorGroup
 from torch import Tensor
 
 from mergekit_ace.factors.core_space import CoreSpace, core_space, output_space, task_vectors_of
-from mergekit_ace.factors.model import Factors
+from mergekit_ace.linalg.factors import Factors
 from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.matrix.expert import Expert
+from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.matrix.task_vectors import TaskVectors
 
 
@@ -51,10 +52,9 @@ class Matrix:
     def task_vectors(self, space: CoreSpace | None) -> TaskVectors:
         """The task vectors, or their cores where these are known."""
         if space is None:
-            return TaskVectors(self.base, self.experts, name=self.name, depth=self.depth)
-        experts = [replace(expert, tensor=core) for expert, core in zip(self.experts, space.cores, strict=True)]
+            return StoredTaskVectors(self.base, self.experts, name=self.name, depth=self.depth)
         base_norm = squared_norm(self.base) ** 0.5
-        return task_vectors_of(space, experts, name=self.name, base_norm=base_norm, depth=self.depth)
+        return task_vectors_of(space, self.experts, name=self.name, base_norm=base_norm, depth=self.depth)
 
 
 def weighted_experts(group: TensorGroup, parameters: Mapping[str, Any]) -> tuple[Expert, ...]:

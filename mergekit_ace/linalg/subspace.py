@@ -72,7 +72,7 @@ def singular_triples(matrix: Tensor, k: int, *, floor: float = 0.0) -> SingularT
     return replace(triples, left=triples.left.to(matrix.dtype), right=triples.right.to(matrix.dtype), gram=None)
 
 
-def singular_triples_of_product(factors: Factors, k: int) -> SingularTriples:
+def singular_triples_of_product(factors: Factors, k: int, *, floor: float = 0.0) -> SingularTriples:
     """Top `k` singular triples of a product of thin factors, or fewer, the vectors in their dtype.
 
     Of `left = Q_l R_l` and `right^T = Q_r R_r`, the singular values of `R_l R_r^T` and its vectors times `Q_l`, `Q_r`;
@@ -81,11 +81,13 @@ def singular_triples_of_product(factors: Factors, k: int) -> SingularTriples:
     Args:
         factors: `[m, r]` and `[r, n]`; unchanged.
         k: how many triples.
+        floor: as in `singular_triples`.
     """
     of_left, of_right = torch.linalg.qr(factors.left.double()), torch.linalg.qr(factors.right.mT.double())
     left, singular_values, right = torch.linalg.svd(of_left.R @ of_right.R.mT, full_matrices=False)
     numbers = singular_values[: max(1, k)].tolist()
-    on_host = tuple(number for number in numbers[:k] if number > _RANK_TOLERANCE[factors.left.dtype] * numbers[0])
+    least = max(floor, _RANK_TOLERANCE[factors.left.dtype] * numbers[0])
+    on_host = tuple(number for number in numbers[:k] if number > least)
     kept = len(on_host)
     return SingularTriples(
         left=(of_left.Q @ left[:, :kept]).to(factors.left.dtype),

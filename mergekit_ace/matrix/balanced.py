@@ -6,8 +6,7 @@ import math
 
 from torch import Tensor
 
-from mergekit_ace.linalg.precision import squared_norm
-from mergekit_ace.matrix.bounds import mean_energy
+from mergekit_ace.matrix.bounds import effective_experts, mean_energy
 from mergekit_ace.matrix.peers.task_singular_vectors import merge_task_singular_vectors
 from mergekit_ace.matrix.task_vectors import TaskVectors
 
@@ -20,11 +19,12 @@ input matrices are mostly the random start of training, are such noise."""
 def merge_without_moments(task_vectors: TaskVectors) -> Tensor:
     """Balanced task singular vectors of small updates, the plain average of large ones.
 
-        X = (1 - w) B + w mean_t(a_t D_t),    w = s^2 / (s^2 + 0.1^2),    s^2 = mean_t(a_t ||D_t||^2) / ||W_0||^2
+        X = (1 - w) B + w mean_t(a_t D_t),    w = s^2 / (s^2 + 0.1^2)
+        s^2 = (T_eff - 1) mean_t(a_t ||D_t||^2) / ||W_0||^2
 
-    `B` is `merge_balanced`. It leaves each expert with the others' updates, which are noise to it, as long as one
-    update; the average has `sqrt(T)` times less of it, and of the expert. A network bears noise up to some percent of
-    its weights, and the loss grows with the noise's square.
+    `B` is `merge_balanced`. It leaves each expert with all others' updates, which are noise of the relative length `s`
+    to it; the average has a `T`-th of it, and of the expert. A network bears noise up to some percent of its weights,
+    and the loss grows with the noise's square.
 
     Args:
         task_vectors: of one `[m, n]` weight, at least one expert. Where the base's norm is not known, the updates count
@@ -39,23 +39,24 @@ def merge_without_moments(task_vectors: TaskVectors) -> Tensor:
 
 
 def averaged_share(task_vectors: TaskVectors) -> float:
-    """`w` of `merge_without_moments`, from 0 for small updates to 1; a half at a tenth of the base's norm."""
+    """`w` of `merge_without_moments`, from 0 for small updates to 1; a half where the noise is a tenth of the base."""
     if task_vectors.base_norm is None:
         return 0.0
-    update = mean_energy(task_vectors)
-    return update / (update + (_TOLERATED_NOISE * task_vectors.base_norm) ** 2) if update > 0 else 0.0
+    noise = (effective_experts(task_vectors) - 1) * mean_energy(task_vectors)
+    return noise / (noise + (_TOLERATED_NOISE * task_vectors.base_norm) ** 2) if noise > 0 else 0.0
 
 
 def merge_balanced(task_vectors: TaskVectors) -> Tensor:
-    """Task singular vectors of updates balanced by norm, and as long as one of them.
+    """Task singular vectors of updates balanced by norm, the more even in each the more experts are independent.
 
-        S = TSV-M of a'_t D_t,    a'_t = a_t ||D_t||^(-1/2), scaled to a mean of 1
-        X = f S,                  f = min(1, sqrt(mean_t a'_t ||D_t||^2) / ||S||)
+        B = TSV-M of a'_t f(D_t),    a'_t = a_t ||D_t||^(-1/2), scaled to a mean of 1
+        f(U diag(s) V^T) = U diag(c s^p) V^T,    p = 1 / T_eff,    c so that the norm stays
 
-    `S` is a sum whose singular vectors are made orthogonal, so that no expert's directions amplify another's. Yet each
-    expert receives all others: the sum of `T` orthogonal updates is `sqrt(T)` times as long as one, and `f` is
-    `1 / sqrt(T)`; it is 1 for equal updates, which give that update. Without the weights the longest update costs the
-    others more than it gains its own expert. The result follows the unit of the updates, and not their order.
+    The singular vectors are made orthogonal, so that no expert's directions amplify another's. An adapter has most of
+    its length in a few directions, which is where the others' inputs meet it, and more of it than its own task needs:
+    of the same length spread over all of its directions, each expert keeps more and the others lose less. One expert,
+    or several equal ones, have nobody to disturb, and stay as they are. Without the weights the longest update costs
+    the others more than it gains its own expert. The result follows the unit of the updates, and not their order.
 
     Args:
         task_vectors: of one `[m, n]` weight, at least one expert.
@@ -67,7 +68,7 @@ def merge_balanced(task_vectors: TaskVectors) -> Tensor:
     weights = [share / root for share, root in zip(task_vectors.shares, roots, strict=True)]
     total = math.fsum(weights)
     balanced = task_vectors.with_shares([len(weights) * weight / total for weight in weights])
-    merged = merge_task_singular_vectors(balanced)
-    energy = math.fsum(share * e for share, e in zip(balanced.shares, balanced.energies, strict=True)) / len(weights)
-    length = squared_norm(merged)
-    return merged.mul_(math.sqrt(energy / length)) if length > energy else merged
+    m, n = task_vectors.shape
+    # An even spectrum would lift directions that rounding made as high as those of the adapters.
+    floors = [math.sqrt(lost / (m * n)) * (math.sqrt(m) + math.sqrt(n)) for lost in task_vectors.rounding_energies()]
+    return merge_task_singular_vectors(balanced, power=1 / effective_experts(task_vectors), floors=floors)

@@ -131,9 +131,9 @@ class CoreTaskVectors(TaskVectors):
             target.addmm_(expert.core.left.to(self.dtype), expert.core.right.to(self.dtype) @ matrix, alpha=sign)
         return target
 
-    def singular_triples(self, t: int, k: int) -> SingularTriples:
+    def singular_triples(self, t: int, k: int, *, floor: float = 0.0) -> SingularTriples:
         """As `TaskVectors.singular_triples`, by the factors."""
-        return singular_triples_of_product(self.experts[t].core, k)
+        return singular_triples_of_product(self.experts[t].core, k, floor=floor)
 
     def top_energies(self, experts: Sequence[int], directions: int) -> list[float]:
         """As `TaskVectors.top_energies`, by the factors."""

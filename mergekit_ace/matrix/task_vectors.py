@@ -238,9 +238,9 @@ class TaskVectors(ABC):
             target[rows].addmm_(self.apart(t, reference, rows), matrix)
         return target
 
-    def singular_triples(self, t: int, k: int) -> SingularTriples:
-        """The top `k` singular triples of `D_t`, or as many as are no rounding."""
-        return singular_triples(self.task_vector(t), k, floor=self.rounding)
+    def singular_triples(self, t: int, k: int, *, floor: float = 0.0) -> SingularTriples:
+        """The top `k` singular triples of `D_t`, or as many as are no rounding: above `floor` and `rounding`."""
+        return singular_triples(self.task_vector(t), k, floor=max(floor, self.rounding))
 
     def top_energies(self, experts: Sequence[int], directions: int) -> list[float]:
         """`||.||_F^2` of each `D_t` in its top singular directions."""

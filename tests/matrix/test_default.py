@@ -20,7 +20,7 @@ from mergekit_ace.matrix.presets import ACE, ACE_0_1, ACE_HEAD, ACE_PUBLISHED
 from mergekit_ace.matrix.stored_task_vectors import StoredTaskVectors
 from mergekit_ace.matrix.task_vectors import TaskVectors
 from tests.matrix.experts import adapter_updates, layer, related_updates, steep_updates
-from tests.reference.ace_default import balanced, share_of_large, without_moments
+from tests.reference.ace_default import balanced, effective, share_of_large, without_moments
 
 ORTHOGONAL = Bounds(retention=True, length="orthogonal")
 SHAPES = [(30, 50), (50, 30), (40, 40), (20, 200), (5, 1)]
@@ -266,9 +266,10 @@ def test_small_updates_are_added_up_and_large_ones_averaged_without_a_cliff() ->
     assert parts[-1] > 0.99
     steps = [after - before for before, after in pairwise(parts)]
     assert min(steps) > 0
-    # d w / d log s is a half where it is steepest, at a tenth of the base.
+    # d w / d log s is a half where it is steepest, where the noise is a tenth of the base.
     assert max(steps) < 0.05
-    assert averaged_share(sized(updates, 0.1)) == pytest.approx(0.5, rel=0.05)
+    of_three = 0.1 / math.sqrt(effective([*updates], [1.0] * 3) - 1)
+    assert averaged_share(sized(updates, of_three)) == pytest.approx(0.5, rel=0.05)
 
 
 def test_updates_are_large_from_an_eighth_of_the_base_over_all_blocks() -> None:
@@ -322,17 +323,43 @@ def test_row_spaces_by_chance_were_averaged_by_0_1(updates: list[torch.Tensor]) 
     torch.testing.assert_close(merged.task_vector, sum(updates) / len(updates), rtol=0, atol=1e-9)
 
 
-def test_a_balanced_merge_is_as_long_as_one_update_and_favours_none() -> None:
+def test_a_balanced_merge_favours_none() -> None:
     eye = torch.eye(6, dtype=torch.float64)
     directions = [torch.outer(eye[t], eye[t]) for t in range(4)]
-    equal = merge_balanced(weighted(directions, [1.0] * 4))
-    torch.testing.assert_close(equal, sum(directions) / 2)
+    torch.testing.assert_close(merge_balanced(weighted(directions, [1.0] * 4)), sum(directions))
     uneven = merge_balanced(weighted([directions[0], 4 * directions[1]], [1.0, 1.0]))
-    # weights of 2 to 1: two thirds of the short update, a third of four for the long one, before the length
-    assert float(uneven[1, 1] / uneven[0, 0]) == pytest.approx(2.0)
-    assert float(uneven.square().sum()) == pytest.approx((2 * 1 + 16) / 3)
+    # weights of 2 to 1: four thirds of the short update, two thirds of four for the long one
+    torch.testing.assert_close(uneven, 4 / 3 * directions[0] + 8 / 3 * directions[1])
     twice = merge_balanced(weighted([directions[0], directions[1]], [2.0, 1.0]))
     assert float(twice[0, 0] / twice[1, 1]) == pytest.approx(2.0)
+
+
+def test_the_more_independent_updates_are_the_more_even_they_become() -> None:
+    """Orthogonal ones of one length: singular values to the power of `1 / T`, of the same norm."""
+    one = torch.diag(torch.tensor([4.0, 1.0], dtype=torch.float64))
+    for count in (1, 2, 3):
+        updates = []
+        for t in range(count):
+            update = torch.zeros(6, 6, dtype=torch.float64)
+            update[2 * t : 2 * t + 2, 2 * t : 2 * t + 2] = one
+            updates.append(update)
+        merged = merge_balanced(weighted(updates, [1.0] * count))
+        values = torch.diagonal(merged)[: 2 * count].reshape(count, 2)
+        assert values.square().sum(dim=1).tolist() == pytest.approx([17.0] * count)
+        assert (values[:, 0] / values[:, 1]).tolist() == pytest.approx([4.0 ** (1 / count)] * count)
+
+
+def test_a_balanced_merge_does_not_lift_what_is_rounding() -> None:
+    """Adapters that were merged into bfloat16 weights have all directions, most of them by the rounding."""
+    generator = torch.Generator().manual_seed(5)
+    base = torch.randn(96, 64, generator=generator).bfloat16()
+    updates = adapter_updates(96, 64, 2, rank=3)
+    experts = [Expert(name=str(t), tensor=(base + update.float()).bfloat16()) for t, update in enumerate(updates)]
+    merged = merge_balanced(StoredTaskVectors(base, experts))
+    values = torch.linalg.svdvals(merged.double())
+    assert int((values > 1e-4 * values[0]).sum()) == 6
+    exact = balanced(updates, [1.0, 1.0])
+    assert float((merged.double() - exact).norm()) < 0.1 * float(exact.norm())
 
 
 def test_a_balanced_merge_of_one_update_said_twice_is_that_update() -> None:

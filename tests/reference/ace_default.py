@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tests.reference.subspace import top_isometry
+from tests.reference.subspace import top_isometry, truncated
 from tests.reference.tsv import tsv_m
 from tests.reference.weights import participants
 
@@ -64,13 +64,29 @@ def captured(d: Tensor) -> float:
     return float(energies[:few].sum() / energies.sum())
 
 
+def effective(D: list[Tensor], a: list[float]) -> float:
+    """How many orthogonal updates of one length these amount to, by the length of their mean; from 1 to `T^2`."""
+    T = len(D)
+    mean = float((sum(a_t * d for a_t, d in zip(a, D, strict=True)) / T).norm()) ** 2
+    energy = sum(a_t * float(d.norm()) ** 2 for a_t, d in zip(a, D, strict=True)) / T
+    return min(float(T**2), max(1.0, energy / mean)) if mean > 0 else float(T**2)
+
+
+def evened(d: Tensor, k: int, power: float) -> Tensor:
+    """The top k singular directions, their values raised to a power and scaled to their norm before."""
+    U, s, Vh = truncated(d, k)
+    known = s > 0
+    U, s, Vh = U[:, known], s[known], Vh[known]
+    return U @ torch.diag(s**power * s.norm() / (s**power).norm()) @ Vh
+
+
 def balanced(D: list[Tensor], a: list[float]) -> Tensor:
-    """Task singular vectors of updates weighted by the inverse root of their norms, no longer than one update."""
+    """Task singular vectors of evened updates, weighted by the inverse root of their norms."""
     weights = torch.tensor([a_t / float(d.norm()) ** 0.5 for a_t, d in zip(a, D, strict=True)], dtype=torch.float64)
     weights = weights / weights.mean()
-    merged = tsv_m(D, weights.tolist(), dtype=D[0].dtype)
-    length = math.sqrt(sum(w * float(d.norm()) ** 2 for w, d in zip(weights.tolist(), D, strict=True)) / len(D))
-    return merged * min(1.0, length / max(float(merged.norm()), 1e-300))
+    k = max(1, min(D[0].shape) // len(D))
+    power = 1 / effective(D, a)
+    return tsv_m([evened(d, k, power) for d in D], weights.tolist(), dtype=D[0].dtype)
 
 
 def size(D: list[Tensor], a: list[float], base_norm: float) -> float:
@@ -88,12 +104,12 @@ def share_of_large(D: list[Tensor], a: list[float], base_norm: float | None, dep
 
 
 def without_moments(D: list[Tensor], a: list[float], base_norm: float | None) -> Tensor:
-    """That of small updates, the average of large ones, a half at a tenth of the base's norm, where that is known."""
+    """That of small updates, the average of large ones: a half where the other experts are a tenth of the base."""
     if base_norm is None:
         return balanced(D, a)
     mean = sum(a_t * d for a_t, d in zip(a, D, strict=True)) / len(D)
-    squared = size(D, a, base_norm) ** 2
-    averaged = squared / (squared + TOLERATED_NOISE**2)
+    noise = (effective(D, a) - 1) * size(D, a, base_norm) ** 2
+    averaged = noise / (noise + TOLERATED_NOISE**2)
     return (1 - averaged) * balanced(D, a) + averaged * mean
 
 
@@ -137,8 +153,7 @@ def ace_default(
 
     # 3. How many independent updates the experts' amount to.
     mean_energy = float(sum(a_t * d.square().sum() for a_t, d in zip(a, D, strict=True))) / T
-    mean = sum(a_t * d for a_t, d in zip(a, D, strict=True)) / T
-    independent = max(1.0, min(T**2, mean_energy / max(float(mean.square().sum()), 1e-300)))
+    independent = effective(D, a)
 
     # 4. Refinement by as much as they disagree.
     k = math.floor(spectral_fraction * min(m, n))
@@ -158,6 +173,7 @@ def ace_default(
     # update to the sum of so many orthogonal ones is taken off as far, on a logarithmic scale; and no more than twice
     # all updates laid end to end is left (of low rank, no more than that half).
     if head:
+        mean = sum(a_t * d for a_t, d in zip(a, D, strict=True)) / T
         return (1 - large) * factor * W + large * mean
     held = math.sqrt(math.sqrt(independent) * mean_energy)
     length = factor * float(W.norm())

@@ -18,7 +18,7 @@ from mergekit_ace.adapters.truncation import Truncation, input_weight, outputs_k
 from mergekit_ace.factors.core_space import core_space, output_space
 from mergekit_ace.factors.model import Place
 from mergekit_ace.factors.tensors import AdapterError
-from mergekit_ace.linalg.factors import Factors
+from mergekit_ace.linalg.factors import Factors, weighted_sum
 from mergekit_ace.linalg.precision import squared_norm
 from mergekit_ace.methods.advice import log_messages
 from mergekit_ace.methods.tensors.measured_moments import moments_for_adapters
@@ -158,10 +158,7 @@ class AdapterMerge:
     def _average(self, cores: Cores, parameters: Mapping[str, Any]) -> MergedMatrix:
         """`scale * sum_t w_t D_t / sum_t w_t`, over all adapters: those without the module did not change it."""
         scale = self._request.method.scale(parameters) / sum(parameters["weight"])
-        first = cores.space.cores[0]
-        merged = first.left.new_zeros((len(first.left), first.right.shape[1]))
-        for each, core in zip(cores.updates, cores.space.cores, strict=True):
-            merged.addmm_(core.left, core.right, alpha=scale * each.weight)
+        merged = weighted_sum(cores.space.cores, [scale * each.weight for each in cores.updates])
         return self._finished(cores, merged, seen_by_inputs=False)
 
     def _merge(self, cores: Cores, parameters: Mapping[str, Any]) -> MergedMatrix:

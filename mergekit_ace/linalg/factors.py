@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,11 @@ class Factors:
 
     left: Tensor
     right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(m, n)`."""
+        return int(self.left.shape[-2]), int(self.right.shape[-1])
 
     @property
     def rank(self) -> int:
@@ -53,3 +59,16 @@ class Factors:
         """
         left, right = self.left.double(), self.right.double()
         return left.mT @ left, right @ right.mT
+
+
+def weighted_sum(terms: Sequence[Factors], weights: Sequence[float]) -> Tensor:
+    """`sum_t w_t D_t`, `[m, n]`, without a `D_t` of its own.
+
+    Args:
+        terms: at least one, all `[m, n]`, of one dtype and device.
+        weights: `w_t`.
+    """
+    total = terms[0].left.new_zeros(terms[0].shape)
+    for term, weight in zip(terms, weights, strict=True):
+        total.addmm_(term.left, term.right, alpha=weight)
+    return total

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mergekit_ace.matrix.bounds import effective_experts, mean_energy
 from mergekit_ace.matrix.peers.task_singular_vectors import merge_task_singular_vectors
+from mergekit_ace.matrix.storage_rounding import largest_of_noise
 from mergekit_ace.matrix.task_vectors import TaskVectors
 
 _TOLERATED_NOISE = 0.1
@@ -52,11 +53,11 @@ def merge_balanced(task_vectors: TaskVectors) -> Tensor:
         B = TSV-M of a'_t f(D_t),    a'_t = a_t ||D_t||^(-1/2), scaled to a mean of 1
         f(U diag(s) V^T) = U diag(c s^p) V^T,    p = 1 / T_eff,    c so that the norm stays
 
-    The singular vectors are made orthogonal, so that no expert's directions amplify another's. An adapter has most of
-    its length in a few directions, which is where the others' inputs meet it, and more of it than its own task needs:
-    of the same length spread over all of its directions, each expert keeps more and the others lose less. One expert,
-    or several equal ones, have nobody to disturb, and stay as they are. Without the weights the longest update costs
-    the others more than it gains its own expert. The result follows the unit of the updates, and not their order.
+    The singular vectors are made orthogonal, so that no expert's directions amplify another's. Of a real language
+    model's adapters, which have most of their length in a few directions, each keeps more by the same length spread
+    over all of them (docs/default.md). One expert, or several equal ones, interfere with none and stay as they are.
+    Without the weights the longest update costs the others more than it gains its own expert. The result follows the
+    unit of the updates, and not their order.
 
     Args:
         task_vectors: of one `[m, n]` weight, at least one expert.
@@ -68,7 +69,6 @@ def merge_balanced(task_vectors: TaskVectors) -> Tensor:
     weights = [share / root for share, root in zip(task_vectors.shares, roots, strict=True)]
     total = math.fsum(weights)
     balanced = task_vectors.with_shares([len(weights) * weight / total for weight in weights])
-    m, n = task_vectors.shape
-    # An even spectrum would lift directions that rounding made as high as those of the adapters.
-    floors = [math.sqrt(lost / (m * n)) * (math.sqrt(m) + math.sqrt(n)) for lost in task_vectors.rounding_energies()]
+    # A more even spectrum would bring directions that rounding made to the level of the adapters'.
+    floors = [largest_of_noise(math.sqrt(lost), task_vectors.shape) for lost in task_vectors.rounding_energies()]
     return merge_task_singular_vectors(balanced, power=1 / effective_experts(task_vectors), floors=floors)

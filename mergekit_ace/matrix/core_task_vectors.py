@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mergekit_ace.linalg.blocks import row_slices
-from mergekit_ace.linalg.factors import Factors
-from mergekit_ace.linalg.precision import require_full_float32, squared_norm, working_dtype
+from mergekit_ace.linalg.factors import Factors, weighted_sum
+from mergekit_ace.linalg.precision import require_full_float32, squared_norm
 from mergekit_ace.linalg.subspace import SingularTriples, singular_triples_of_product
 from mergekit_ace.linalg.symmetric import gram
 from mergekit_ace.matrix.coordinates import Coordinates
@@ -69,12 +69,12 @@ class CoreTaskVectors(TaskVectors):
             [None if measured.energy > 0 else "equal to the base here" for measured in statistics],
             name=name,
             depth=depth,
-            dtype=working_dtype(experts[0].core.left.dtype),
+            dtype=experts[0].core.left.dtype,
             device=device,
         )
         self.coordinates: Coordinates = coordinates
         self.base_norm = base_norm
-        self._buffer_shape = (len(experts[0].core.left), experts[0].core.right.shape[1])
+        self._buffer_shape = experts[0].core.shape
         self.energy_of_mean = squared_norm(self.sum()) / len(self) ** 2 if self.experts else 0.0
 
     @property
@@ -104,12 +104,11 @@ class CoreTaskVectors(TaskVectors):
     def task_vector(self, t: int, *, out: Tensor | None = None) -> Tensor:
         """As `TaskVectors.task_vector`."""
         core = self.experts[t].core
-        return torch.matmul(core.left.to(self.dtype), core.right.to(self.dtype), out=out)
+        return core.matrix() if out is None else torch.matmul(core.left, core.right, out=out)
 
     def rows(self, t: int, rows: slice) -> Tensor:
         """As `TaskVectors.rows`."""
-        core = self.experts[t].core
-        return core.left[rows].to(self.dtype) @ core.right.to(self.dtype)
+        return self.experts[t].core.rows(rows)
 
     def apart(self, t: int, reference: int, rows: slice) -> Tensor:
         """As `TaskVectors.apart`."""
@@ -122,13 +121,13 @@ class CoreTaskVectors(TaskVectors):
     def gram(self, t: int, *, rough: bool = False) -> Tensor:
         """As `TaskVectors.gram`: of the `r` rows that are left when the left factor is made orthonormal."""
         core = self.experts[t].core
-        rows = torch.linalg.qr(core.left.to(self.dtype)).R @ core.right.to(self.dtype)
+        rows = torch.linalg.qr(core.left).R @ core.right
         return gram(rows.bfloat16()).to(self.dtype) if rough else gram(rows)
 
     def add_apart_times_(self, target: Tensor, t: int, reference: int, matrix: Tensor) -> Tensor:
         """As `TaskVectors.add_apart_times_`, by way of the few rows of the right factors."""
         for expert, sign in ((self.experts[t], 1.0), (self.experts[reference], -1.0)):
-            target.addmm_(expert.core.left.to(self.dtype), expert.core.right.to(self.dtype) @ matrix, alpha=sign)
+            target.addmm_(expert.core.left, expert.core.right @ matrix, alpha=sign)
         return target
 
     def singular_triples(self, t: int, k: int, *, floor: float = 0.0) -> SingularTriples:
@@ -141,17 +140,10 @@ class CoreTaskVectors(TaskVectors):
 
     def sum(self) -> Tensor:
         """As `TaskVectors.sum`, without a core of its own for each."""
-        total = self.zeros(*self.buffer_shape)
-        for expert, share in zip(self.experts, self.shares, strict=True):
-            total.addmm_(expert.core.left.to(self.dtype), expert.core.right.to(self.dtype), alpha=share)
-        return total
+        return weighted_sum([expert.core for expert in self.experts], self.shares)
 
     def _are_copies(self, s: int, t: int) -> bool:
         return self.experts[s].core.is_copy_of(self.experts[t].core)
-
-    def _keep(self, experts: Sequence[int]) -> None:
-        self.experts = tuple(self.experts[t] for t in experts)
-        self.statistics = tuple(self.statistics[t] for t in experts)
 
     def _divide(self, unit: float) -> None:
         self.experts = tuple(

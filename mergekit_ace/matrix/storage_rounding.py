@@ -32,6 +32,19 @@ Formats = tuple[torch.dtype, ...]
 """The 16-bit formats that hold every value of a tensor exactly, of `COARSE_FORMATS` and in their order."""
 
 
+def largest_of_noise(norm: float, shape: tuple[int, int]) -> float:
+    """Above the largest singular value of `[m, n]` independent errors: `norm / sqrt(m n) (sqrt(m) + sqrt(n))`.
+
+    Source: the edge of the Marchenko-Pastur law.
+
+    Args:
+        norm: `||.||_F` of the errors.
+        shape: `(m, n)`.
+    """
+    m, n = shape
+    return norm / math.sqrt(m * n) * (math.sqrt(m) + math.sqrt(n))
+
+
 def first_look(tensors: Sequence[Tensor]) -> Tensor:
     """Whether the first few values of each tensor are exact in each of `COARSE_FORMATS`, `[tensors, formats]` bool."""
     looks = [_first_values(tensor) for tensor in tensors]

@@ -17,6 +17,7 @@ from mergekit_ace.matrix.storage_rounding import (
     Formats,
     expected_rounding_energies,
     first_look,
+    largest_of_noise,
     rounding_energy,
     roundings_of_the_base,
     storage_floors,
@@ -82,13 +83,8 @@ class StoredTaskVectors(TaskVectors):
 
     @property
     def rounding(self) -> float:
-        """Weights are rounded where they are stored.
-
-        `eps / 2 * rms(base) * (sqrt(m) + sqrt(n))`, `eps` of the working dtype: above the largest singular value of
-        `[m, n]` independent rounding errors.
-        """
-        m, n = self.shape
-        return torch.finfo(self.dtype).eps / 2 * self.base_norm / math.sqrt(m * n) * (math.sqrt(m) + math.sqrt(n))
+        """That of errors of `eps / 2` of each stored weight, `eps` of the working dtype."""
+        return largest_of_noise(torch.finfo(self.dtype).eps / 2 * self.base_norm, self.shape)
 
     @property
     def output_rounding(self) -> float:
@@ -125,8 +121,7 @@ class StoredTaskVectors(TaskVectors):
         return torch.equal(self.experts[s].tensor, self.experts[t].tensor)
 
     def _keep(self, experts: Sequence[int]) -> None:
-        self.experts = tuple(self.experts[t] for t in experts)
-        self.statistics = tuple(self.statistics[t] for t in experts)
+        super()._keep(experts)
         self._formats = tuple(self._formats[t] for t in experts)
 
     def _divide(self, unit: float) -> None:

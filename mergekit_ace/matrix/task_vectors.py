@@ -146,9 +146,10 @@ class TaskVectors(ABC):
     def _are_copies(self, s: int, t: int) -> bool:
         """Whether two experts are equal, bit by bit."""
 
-    @abstractmethod
     def _keep(self, experts: Sequence[int]) -> None:
         """Leave out all other experts, in place; shares are the caller's."""
+        self.experts = tuple(self.experts[t] for t in experts)
+        self.statistics = tuple(self.statistics[t] for t in experts)
 
     @abstractmethod
     def _divide(self, unit: float) -> None:

@@ -65,3 +65,34 @@ def test_nan_is_an_error_and_not_a_jitter() -> None:
     with pytest.raises(FactorizationError) as raised:
         cholesky_factor(matrix, what="q_proj")
     assert str(raised.value) == "q_proj: a (3, 3) system must be finite to be solved; got NaN or infinity"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [512, 513, 1100, 1543])
+def test_a_large_matrix_is_factorized_by_blocks_as_exactly_as_a_small_one(size: int, dtype: torch.dtype) -> None:
+    matrix = spd(size, condition=1e3).to(dtype)
+    matrix = (matrix + matrix.T) / 2
+    kept = matrix.clone()
+    factor = cholesky_factor(matrix, what="system")
+    assert torch.equal(matrix, kept)
+    assert torch.equal(factor, factor.tril())
+    assert bool((factor.diagonal() > 0).all())
+    residual = (factor.double() @ factor.double().T - matrix.double()).norm() / matrix.double().norm()
+    assert residual < torch.finfo(dtype).eps * 8
+    assert factor.dtype == dtype
+
+
+@pytest.mark.parametrize("place", [0, 511, 550, 1099])
+def test_a_large_matrix_is_indefinite_wherever_its_pivot_is(place: int) -> None:
+    matrix = torch.eye(1100)
+    matrix[place, place] = -0.5
+    with pytest.raises(FactorizationError, match=r"^q: a \(1100, 1100\) system must be positive definite"):
+        cholesky_factor(matrix, what="q")
+
+
+@pytest.mark.parametrize("place", [0, 1099])
+def test_nan_anywhere_in_a_large_matrix_is_an_error(place: int) -> None:
+    matrix = torch.eye(1100)
+    matrix[place, place] = float("nan")
+    with pytest.raises(FactorizationError, match="must be finite"):
+        cholesky_factor(matrix, what="q")

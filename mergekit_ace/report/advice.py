@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 
 from mergekit_ace.methods.advice import RULES, Evidence, Rule, table_merged_as_matrix
@@ -14,6 +15,9 @@ from mergekit_ace.tensor_treatment import HEAD_REASON, is_embedding
 
 LOST = 1.0
 """Mean loss above which an expert loses by the merge: the base is nearer to it."""
+_MOSTLY_ROUNDING = 1 / 3
+"""Of an update's energy. Experts of a chat model with updates of a tenth of a percent have 35 to 58 percent; a merge of
+them keeps a point less of their gain when it is rounded to bfloat16 once more."""
 
 
 def advise(report: Report) -> tuple[Finding, ...]:
@@ -96,12 +100,28 @@ def _lost_experts(report: Report) -> Iterator[Finding]:
         )
 
 
+def _rounded_updates(report: Report) -> Iterator[Finding]:
+    short = short_names(report.experts)
+    merged = [expert for tensor in compared(report) for expert in tensor.experts]
+    for name in report.experts:
+        shares = [e.rounding_share for e in merged if e.expert == name and e.rounding_share is not None]
+        if shares and (share := statistics.fmean(shares)) > _MOSTLY_ROUNDING:
+            yield Finding(
+                level="hint",
+                what=f"{short[name]} has {share:.0%} of its update's energy from rounding to the 16-bit format that it "
+                "is stored in: an estimate, mean over the matrices",
+                remedy="Take its float32 checkpoint where there is one, and write the merge in float32 "
+                "(out_dtype: float32).",
+            )
+
+
 _OF_REPORTS: tuple[Callable[[Report], Iterator[Finding]], ...] = (
     _failures,
     _without_effect,
     _of_matrices,
     _tables,
     _lost_experts,
+    _rounded_updates,
 )
 
 

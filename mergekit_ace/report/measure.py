@@ -64,6 +64,7 @@ def merge_fields(
         comparison.effective_ranks,
         comparison.losses,
         comparison.against_measured,
+        task_vectors.rounding_energies(),
         strict=True,
     )
     return {
@@ -75,10 +76,11 @@ def merge_fields(
                     "loss": loss,
                     "measured_loss": held and held.loss,
                     "estimate_correlation": held and held.correlation,
+                    "rounding_share": rounding / expert.norm**2,
                     "spectrum": spectrum(task_vectors.task_vector(t)) if with_spectra else None,
                 }
             )
-            for t, (expert, ridge, rank, loss, held) in enumerate(found)
+            for t, (expert, ridge, rank, loss, held, rounding) in enumerate(found)
         ),
         "merge": merge.facts(),
         "merged": _merged(task_vectors, merged, merge, scale, with_spectra=with_spectra),

@@ -58,6 +58,9 @@ class ExpertReport(_Record):
     estimate_correlation: float | None = None
     """Correlation of `G = D^T D` with the measured second moment of its inputs, about the identity: 1 where the
     estimate is right, 0 where it holds no information on the inputs; null where it was not measured."""
+    rounding_share: float | None = None
+    """Share of `||D||_F^2` that rounding to its 16-bit format is expected to have added; 0 of what is stored in more
+    bits, and null where it was not estimated."""
     spectrum: Spectrum | None = None
     """Singular values of `D`, where they were asked for."""
 

@@ -1,5 +1,6 @@
 """What a test needs to know of an architecture family."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -47,4 +48,9 @@ def tokens() -> dict[str, Tensor]:
 
 def causal(name: str, config: transformers.PretrainedConfig, **patterns: tuple[str, ...]) -> Family:
     """A decoder with a language-modelling head."""
-    return Family(name, lambda: transformers.AutoModelForCausalLM.from_config(config), tokens, **patterns)
+
+    def build() -> PreTrainedModel:
+        # A model that is saved writes its dtype into its configuration, in which the next one would be made.
+        return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config))
+
+    return Family(name, build, tokens, **patterns)

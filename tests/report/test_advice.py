@@ -63,6 +63,16 @@ def hold(report: Report) -> None:
         assert set(settings) <= known
 
 
+@pytest.mark.parametrize(("scale", "named"), [(0.0003, True), (0.01, False)])
+def test_updates_below_the_steps_of_bfloat16_are_named(scale: float, named: bool, tmp_path: Path) -> None:
+    suite = make_suite("llama", tmp_path, dtype=torch.bfloat16, update=Update.EVEN, scale=scale)
+    report = inspected(document(suite, merge_method="ace", parameters={}), tmp_path)
+    hints = [finding.what for finding in advise(report) if finding.level == "hint"]
+    assert [hint.partition(" has ")[0] for hint in hints] == [f"expert{t}" for t in range(3) if named]
+    shares = [expert.rounding_share or 0.0 for tensor in report.tensors for expert in tensor.experts]
+    assert (min(shares) > 1 / 3) if named else (max(shares) < 1 / 4)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_on_full_fine_tunes_have_no_findings(method: str, fine_tunes: Suite, tmp_path: Path) -> None:
     report = inspected(document(fine_tunes, merge_method=method, parameters={}), tmp_path)

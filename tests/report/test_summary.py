@@ -54,6 +54,25 @@ def test_ties_have_no_highest_and_no_lowest(losses: tuple[float, float]) -> None
     assert summary.ranked == ()
 
 
+def with_rounding(*shares: float | None) -> TensorReport:
+    experts = tensor_with().experts
+    return tensor_with(
+        experts=tuple(
+            expert.model_copy(update={"rounding_share": share, "loss": 0.1})
+            for expert, share in zip(experts, shares, strict=True)
+        )
+    )
+
+
+def test_an_update_that_is_mostly_rounding_is_a_hint() -> None:
+    (finding,) = advise(report_of(with_rounding(0.2, 0.0), with_rounding(0.6, 0.4), with_rounding(None, None)))
+    assert finding.level == "hint"
+    assert finding.what.startswith("plain has 40% of its update's energy from rounding")
+    assert "out_dtype: float32" in finding.remedy
+    assert advise(report_of(with_rounding(0.3, 0.3))) == ()
+    assert advise(report_of(with_rounding(None, None))) == ()
+
+
 def test_a_tensor_that_fails_is_an_error() -> None:
     (finding,) = advise(report_of(tensor_with(error="NaN in expert a", treatment="failed")))
     assert (finding.level, "cannot be merged: NaN in expert a" in finding.what) == ("error", True)

@@ -121,6 +121,7 @@ SETTINGS: tuple[Setting, ...] = (
     with_prompts("8 prompts without answers", 8, answers=False),
     with_prompts("8 prompts by each expert", 8, by_expert=True),
     with_prompts("32 prompts", 32),
+    with_prompts("64 prompts", 64),
     with_prompts("8 prompts of another task", 8, of="another task"),
     with_prompts("8 general texts", 8, of="general text"),
     Setting(label="wudi flow", group="family", method="wudi", parameters={"solver": "flow"}),

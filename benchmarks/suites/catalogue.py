@@ -153,6 +153,12 @@ LLM_TWELVE = replace(
     ),
     scored_rows=32,
 )
+LLM_1E_4 = replace(
+    LLM_FOUR,
+    name="llm-1e-4",
+    experts=tuple(replace(expert, steps=120, learning_rate=1e-4) for expert in LLM_FOUR.experts),
+)
+"""Experts whose updates are larger than what rounding to bfloat16 takes from them."""
 LLM_LONG = replace(
     LLM_FOUR,
     name="llm-long",
@@ -178,6 +184,12 @@ LLM_LORA = Suite(
     ),
 )
 LLM_LORA_32 = replace(LLM_LORA, name="llm-lora-32", scored_rows=32)
+LLM_LORA_FOUR = replace(
+    LLM_LORA,
+    name="llm-lora-four",
+    experts=tuple(expert for expert in LLM_LORA.experts if expert.task not in ("spanish", "library")),
+)
+"""The tasks of `llm-four`, no two of which resemble one another."""
 
 SUITES = {
     suite.name: suite
@@ -201,9 +213,11 @@ SUITES = {
         LLM,
         LLM_FOUR,
         LLM_TWELVE,
+        LLM_1E_4,
         LLM_LONG,
         LLM_MEDIUM,
         LLM_LORA,
         LLM_LORA_32,
+        LLM_LORA_FOUR,
     )
 }

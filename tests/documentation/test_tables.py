@@ -17,9 +17,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 # What heads a column, where it is not the suite's name.
 SUITES = {
     "four": "suite",
-    "four fine-tunes of a chat model": "llm-four",
+    "four fine-tunes of a chat model": "llm-1e-4",
     "twelve fine-tunes of it": "llm-twelve",
     "six LoRA adapters of it": "llm-lora",
+    "four adapters": "llm-lora-four",
+    "six adapters": "llm-lora",
     "four fine-tunes of a sentence encoder": "encoder",
 }
 # What names a row, and the benchmark's label; or those of which it is the best.
@@ -38,6 +40,13 @@ LABELS = {
     "ace with 8 prompts of each task, which is not data-free": "ace, 8 prompts (not data-free)",
     "ace, 32 texts that each expert generates (moments.md)": "ace, 32 self-prompts",
     "ace with 32 texts that each expert generates (docs/moments.md)": "ace, 32 self-prompts",
+    "ace, no data": "ace",
+    "32 texts that each expert generates, no data": "ace, 32 self-prompts",
+    "8 prompts with answers": "ace, 8 prompts (not data-free)",
+    "32 prompts with answers": "ace, 32 prompts (not data-free)",
+    "8 prompts alone": "ace, 8 prompts without answers (not data-free)",
+    "8 paragraphs of general text in their place": "ace, 8 general texts (not data-free)",
+    "8 prompts of another expert's task": "ace, 8 prompts of another task (not data-free)",
     "wudi": "wudi",
     "wudi, solver: flow": "wudi flow",
     "actmat": "actmat",

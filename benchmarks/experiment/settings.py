@@ -94,6 +94,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(label="ace lambda 0.5", group="ace", method="ace", parameters={"lambda": 0.5}),
     Setting(label="ace with tables averaged", group="ace", method="ace", parameters={"embeddings": "average"}),
     Setting(label="ace without refinement", group="ace", method="ace", parameters={"spectral_fraction": 0.0}),
+    Setting(label="ace with retention bound", group="ace", method="ace", parameters={"retention_bound": True}),
     Setting(label="ace without retention bound", group="ace", method="ace", parameters={"retention_bound": False}),
     *(
         Setting(

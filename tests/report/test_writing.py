@@ -162,7 +162,7 @@ def test_pictures_are_written_and_not_blank(tmp_path: Path) -> None:
     }
     for file in files:
         with Image.open(file) as picture:
-            assert picture.width in (919, 920)  # an older matplotlib rounds 4.6 inches down
+            assert picture.width == 920
             assert len(picture.convert("RGB").getcolors(maxcolors=1 << 24) or []) > 20
 
 
